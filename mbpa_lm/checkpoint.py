@@ -1,0 +1,253 @@
+"""Checkpoints: a trained model with its tokenizer, and what training needs to go on. safetensors and JSON only.
+
+    RUN/checkpoint.json               {"best": "step-00012", "last": "step-00014"}
+    RUN/checkpoints/step-00014/
+        manifest.json                 what it is: configuration, fingerprints, sizes and hashes of the files
+        model.safetensors             the weights, and how often each token occurred in training
+        tokenizer/                    the tokenizer's own files
+        training.safetensors, .json   optimizer, random state and position (in the last one)
+
+A checkpoint is written to a temporary folder, synced and renamed; then the pointer file is replaced. Whatever
+happens in between, the previous checkpoint is whole.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mbpa_lm.config import ModelConfig
+from mbpa_lm.data.tokenizers import Tokenizer, load_tokenizer
+from mbpa_lm.errors import CheckpointError, ConfigError
+from mbpa_lm.models.build import Model, build_model
+
+FORMAT = 1
+POINTER = "checkpoint.json"
+COUNTS = "training_token_counts"
+
+
+@dataclass(frozen=True)
+class TrainingPosition:
+    """What training needs to go on as if it had never stopped."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint."""
+
+    folder: Path
+    model: Model
+    tokenizer: Tokenizer
+    token_counts: Tensor  # (V,) int64: occurrences in the training text
+    corpus: dict[str, str]  # name, and fingerprint of the training text
+    fingerprint: str  # of the weights
+    position: TrainingPosition | None
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    model: Model,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+    token_counts: Tensor,
+    corpus: dict[str, str],
+    position: TrainingPosition,
+    is_best: bool,
+) -> Path:
+    """Write a checkpoint and point to it; older ones that nothing points to are removed.
+
+    Raises CheckpointError where it cannot be written; the previous checkpoint is then untouched.
+    """
+    target = run_folder / "checkpoints" / f"step-{step:06d}"
+    pointers = _read_pointers(run_folder)
+    with _report_failure(target, pointers.get("last")):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target.parent))
+        try:
+            save_file({**_distinct_weights(model), COUNTS: token_counts}, temporary / "model.safetensors")
+            save_file(position.tensors, temporary / "training.safetensors")
+            _write_json(temporary / "training.json", position.values)
+            (temporary / "tokenizer").mkdir()
+            tokenizer.save(temporary / "tokenizer")
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "model": dataclasses.asdict(model_config),
+                "vocabulary_size": tokenizer.vocabulary_size,
+                "tokenizer": {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint()},
+                "corpus": corpus,
+                "files": {name: _file_hash(temporary / name) for name in ("model.safetensors", "training.safetensors")},
+            }
+            _write_json(temporary / "manifest.json", manifest)
+            for file in temporary.rglob("*"):
+                _sync(file)
+            shutil.rmtree(target, ignore_errors=True)  # only ever one that no pointer names: a step is saved once
+            os.replace(temporary, target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        pointers = {"best": target.name if is_best else pointers.get("best", target.name), "last": target.name}
+        _replace_json(run_folder / POINTER, pointers)
+    for folder in target.parent.iterdir():
+        if folder.name not in pointers.values():
+            shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def load_checkpoint(path: Path, which: str = "best", with_position: bool = False) -> Checkpoint:
+    """Load a checkpoint folder, or the best or last one of a run folder.
+
+    Raises CheckpointError where there is none, or where it is damaged.
+    """
+    folder = find_checkpoint(path, which)
+    manifest = _read_manifest(folder)
+    try:
+        for name, expected in manifest["files"].items():
+            if name == "training.safetensors" and not with_position:
+                continue
+            if _file_hash(folder / name) != expected:
+                raise CheckpointError(f"{folder / name} is damaged: its content is not what was saved; use another checkpoint")
+        tokenizer = load_tokenizer(manifest["tokenizer"]["kind"], folder / "tokenizer")
+        found, wanted = tokenizer.fingerprint(), manifest["tokenizer"]["fingerprint"]
+        if found != wanted:
+            raise CheckpointError(
+                f"the tokenizer in {folder} is {found[:12]}, but the model was trained with {wanted[:12]}; "
+                f"put the tokenizer's own files back"
+            )
+        tensors = load_file(folder / "model.safetensors")
+        counts = tensors.pop(COUNTS)
+        model = build_model(ModelConfig(**manifest["model"]), manifest["vocabulary_size"])
+        _load_weights(model, tensors)
+        position = None
+        if with_position:
+            values = json.loads((folder / "training.json").read_text())
+            position = TrainingPosition(load_file(folder / "training.safetensors"), values)
+        return Checkpoint(
+            folder, model, tokenizer, counts, manifest["corpus"], manifest["files"]["model.safetensors"], position
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"checkpoint {folder} is damaged or incomplete: {reason}; use another checkpoint") from None
+
+
+def find_checkpoint(path: Path, which: str = "best") -> Path:
+    """Return the checkpoint folder that `path` means; a run folder means its best or last one."""
+    if (path / "manifest.json").is_file():
+        return path
+    name = _read_pointers(path).get(which)
+    if name is None:
+        raise CheckpointError(f"{path} holds no checkpoint; give a run folder that train.py wrote, or one of its checkpoints")
+    return path / "checkpoints" / Path(name).name
+
+
+def has_checkpoint(run_folder: Path) -> bool:
+    """Say whether a run folder holds a checkpoint to go on from."""
+    return "last" in _read_pointers(run_folder)
+
+
+def check_same_model(folder: Path, config: ModelConfig) -> None:
+    """Refuse a checkpoint whose model is not the configured one, naming the first setting that differs."""
+    saved = _read_manifest(folder)["model"]
+    for name, wanted in dataclasses.asdict(config).items():
+        if saved.get(name) != wanted:
+            raise CheckpointError(
+                f"checkpoint {folder} holds another model: model.{name} is {saved.get(name)!r} there and {wanted!r} in the "
+                f"configuration; use the configuration it was trained with"
+            )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"checkpoint {folder} has format {manifest['format']}; this version reads {FORMAT}")
+        return dict(manifest)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder} has no readable manifest.json ({error})") from None
+
+
+def _read_pointers(run_folder: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads((run_folder / POINTER).read_text()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{run_folder / POINTER} cannot be read: {error}") from None
+
+
+def _distinct_weights(model: Model) -> dict[str, Tensor]:
+    """State of the model with every shared tensor once, under its first name."""
+    distinct: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            distinct[name] = tensor.detach().cpu().contiguous()
+    return distinct
+
+
+def _load_weights(model: Model, tensors: dict[str, Tensor]) -> None:
+    expected = _distinct_weights(model)
+    if expected.keys() != tensors.keys():
+        names = sorted(expected.keys() ^ tensors.keys())
+        raise CheckpointError(f"the weights are of another model: {names[0]} is in one and not in the other")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"the weights are of another model: {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, target in model.state_dict().items():
+            if name in tensors:
+                target.copy_(tensors[name])
+
+
+@contextmanager
+def _report_failure(target: Path, previous: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
+        kept = f"; the previous checkpoint {previous} is untouched, free some space and go on with --resume"
+        raise CheckpointError(f"could not save {target}: {reason}{kept if previous else ''}") from None
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _replace_json(path: Path, values: Any) -> None:
+    temporary = path.with_name(f".{path.name}.saving")
+    _write_json(temporary, values)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,138 @@
+"""The command lines: parse, call, report. What they do is in training.py and evaluation.py."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from mbpa_lm.config import Config
+from mbpa_lm.errors import ConfigError, MbpaError
+
+INTERRUPTED = 130
+OPEN_KEYS = ("model.settings",)
+"""Keys under which any name may stand."""
+
+
+def train(arguments: Sequence[str] | None = None) -> int:
+    """Run `train.py` with the given arguments and return its exit code."""
+    return _guarded(_train, sys.argv[1:] if arguments is None else arguments)
+
+
+def _train(arguments: Sequence[str]) -> None:
+    parser = _parser("train.py", "Train a language model.")
+    parser.add_argument("--resume", action="store_true", help="Go on with the run in run.folder.")
+    config, options = parse(parser, arguments)
+    _prepare_machine(config)
+    from mbpa_lm.training import train
+
+    result = train(config, options["resume"])
+    print(f"best checkpoint: {result.checkpoint}")
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """Parse arguments and YAML files into a checked Config and the parser's other options.
+
+    Raises ConfigError naming the key that is wrong, and the nearest valid one where it is misspelt.
+    """
+    sections = {section.name for section in fields(Config)}
+    valid = _valid_keys()
+    others = {action.dest for action in parser._actions if action.dest.split(".")[0] not in sections}
+    for argument in arguments:
+        if argument.startswith("--"):
+            _check_key(argument[2:].split("=", 1)[0].removesuffix("+"), valid | others | sections, "option --")
+    for path in _config_files(arguments):
+        for key in _yaml_keys(path):
+            _check_key(key, valid, f"{path}: ")
+    try:
+        namespace = parser.parse_args(list(arguments))
+        made = parser.instantiate(namespace)
+    except ArgumentError as error:
+        raise ConfigError(_one_line(str(error))) from None
+    config = Config(**{name: getattr(made, name) for name in sections})
+    return config, {name: getattr(made, name) for name in others if hasattr(made, name)}
+
+
+def _parser(program: str, description: str) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of values; what follows on the command line wins.")
+    for section in fields(Config):
+        parser.add_class_arguments(section.type, section.name)
+    return parser
+
+
+def _guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    try:
+        command(arguments)
+    except MbpaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is whole", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _prepare_machine(config: Config) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    from mbpa_lm.machine import keep_freed_memory
+
+    keep_freed_memory()
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device is cuda, but PyTorch sees no CUDA device; use cpu or auto")
+
+
+def _valid_keys() -> set[str]:
+    return {f"{section.name}.{value.name}" for section in fields(Config) for value in fields(_section_type(section.type))}
+
+
+def _section_type(kind: Any) -> Any:
+    assert is_dataclass(kind)
+    return kind
+
+
+def _check_key(key: str, valid: set[str], where: str) -> None:
+    if key in valid or key == "help" or any(key.startswith(f"{name}.") for name in OPEN_KEYS):
+        return
+    nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.4)
+    same_name = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]
+    suggestion = (same_name or nearest or [None])[0]
+    hint = f"; did you mean {suggestion}?" if suggestion else "; --help lists the valid ones"
+    raise ConfigError(f"{where}{key} does not exist{hint}")
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    files = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")]
+    return files + [value for option, value in zip(arguments, arguments[1:], strict=False) if option == "--config"]
+
+
+def _yaml_keys(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {_one_line(str(error))}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} holds no sections; see configs/ for examples")
+    keys = []
+    for section, values in content.items():
+        if isinstance(values, dict) and section in {item.name for item in fields(Config)}:
+            keys += [f"{section}.{name}" for name in values]
+        else:
+            keys.append(str(section))
+    return keys
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

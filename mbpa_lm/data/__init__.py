@@ -1,0 +1,1 @@
+"""Text to token streams. Nothing here knows of models or memories."""

@@ -1,0 +1,162 @@
+"""Local text: a folder with train.txt, valid.txt and test.txt, one text file, or a folder of text files."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from mbpa_lm.data.corpora import SPLITS, Piece, split_documents
+from mbpa_lm.errors import DataError
+
+PIECE_BYTES = 1 << 20
+
+
+def open_text(path: Path, pattern: str | None, valid_fraction: float, test_fraction: float) -> "SplitFiles | HeldOutText":
+    """Open `path` as what it is: a folder of splits, a folder of files, or one file."""
+    if not path.exists():
+        raise DataError(f"data.path {path} does not exist; give a text file or a folder")
+    if path.is_dir() and any((path / f"{split}.txt").exists() for split in SPLITS):
+        return SplitFiles(path, pattern, path.resolve().name)
+    return HeldOutText(path, pattern, valid_fraction, test_fraction)
+
+
+class SplitFiles:
+    """A folder with one file a split."""
+
+    def __init__(self, folder: Path, pattern: str | None, name: str) -> None:
+        self.name = name
+        self._folder = folder
+        self._pattern = pattern
+        missing = [f"{split}.txt" for split in SPLITS if not (folder / f"{split}.txt").is_file()]
+        if missing:
+            raise DataError(f"{folder} has no {', '.join(missing)}; a corpus folder holds train.txt, valid.txt and test.txt")
+
+    def fingerprint(self, split: str) -> str:
+        return _hash([self._folder / f"{split}.txt"], self._pattern or "")
+
+    def pieces(self, split: str) -> Iterator[Piece]:
+        path = self._folder / f"{split}.txt"
+        yield from split_documents(read_pieces(path, 0, path.stat().st_size), self._pattern)
+
+
+class HeldOutText:
+    """A file, or all files under a folder; validation and test text are held out by bytes.
+
+    One file: its last part is the test text, the part before it the validation text, cut at line ends. A folder: whole
+    files are held out, in the order of a hash of their names, so that a new file moves few others.
+    """
+
+    def __init__(self, path: Path, pattern: str | None, valid_fraction: float, test_fraction: float) -> None:
+        self.name = path.resolve().name
+        self._path = path
+        self._pattern = pattern
+        self._fractions = (valid_fraction, test_fraction)
+        if path.is_dir():
+            files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+            if len(files) < len(SPLITS):
+                raise DataError(f"{path} holds {len(files)} files; a folder of texts needs at least {len(SPLITS)}")
+            self._parts = self._hold_out_files(files)
+        else:
+            self._parts = self._hold_out_lines()
+
+    def fingerprint(self, split: str) -> str:
+        ranges = [f"{file.name} {begin} {end}" for file, begin, end in self._parts[split]]
+        return _hash([file for file, _, _ in self._parts[split]], "\n".join([self._pattern or "", *ranges]))
+
+    def pieces(self, split: str) -> Iterator[Piece]:
+        for file, begin, end in self._parts[split]:
+            yield from split_documents(read_pieces(file, begin, end), self._pattern)
+
+    def _hold_out_files(self, files: list[Path]) -> dict[str, list[tuple[Path, int, int]]]:
+        names = {file: hashlib.sha256(str(file.relative_to(self._path)).encode()).hexdigest() for file in files}
+        valid, test = hold_out([(names[file], file.stat().st_size) for file in files], *self._fractions)
+        parts: dict[str, list[tuple[Path, int, int]]] = {split: [] for split in SPLITS}
+        for file in files:
+            split = "valid" if names[file] in valid else "test" if names[file] in test else "train"
+            parts[split].append((file, 0, file.stat().st_size))
+        return parts
+
+    def _hold_out_lines(self) -> dict[str, list[tuple[Path, int, int]]]:
+        size = self._path.stat().st_size
+        valid_fraction, test_fraction = self._fractions
+        wanted = (int(size * (1 - valid_fraction - test_fraction)), int(size * (1 - test_fraction)))
+        with self._path.open("rb") as file:
+            cuts = []
+            for offset in wanted:
+                file.seek(offset)
+                file.readline()
+                cuts.append(file.tell())
+        bounds = [0, *cuts, size]
+        if any(begin >= end for begin, end in zip(bounds, bounds[1:], strict=False)):
+            raise DataError(f"{self._path} has too few lines to hold out validation and test text; give a longer text")
+        return {
+            split: [(self._path, begin, end)]
+            for split, begin, end in zip(SPLITS, bounds, bounds[1:], strict=False)
+        }
+
+
+def hold_out(sizes: list[tuple[str, int]], valid_fraction: float, test_fraction: float) -> tuple[set[str], set[str]]:
+    """Choose the names whose text is held out, in order of name, until each share of the total size is reached.
+
+    Every one of the two sets, and what is left for training, has at least one name.
+    """
+    total = sum(size for _, size in sizes)
+    ordered = sorted(sizes)
+    chosen: list[set[str]] = []
+    for fraction in (valid_fraction, test_fraction):
+        names: set[str] = set()
+        taken = 0
+        while ordered and (not names or taken < fraction * total) and len(ordered) > 2 - len(chosen):
+            name, size = ordered.pop(0)
+            names.add(name)
+            taken += size
+        chosen.append(names)
+    return chosen[0], chosen[1]
+
+
+def read_pieces(path: Path, begin: int, end: int) -> Iterator[Piece]:
+    """Read bytes `begin` to `end` of a UTF-8 file as pieces of whole lines; the last line is ended if it is not.
+
+    A line longer than a piece is cut at white space. Raises DataError naming the byte that is not UTF-8.
+    """
+    if end - begin == 0:
+        raise DataError(f"{path} is empty; there is nothing to read")
+    with path.open("rb") as file:
+        file.seek(begin)
+        offset, left, rest, starts_document = begin, end - begin, b"", True
+        while left or rest:
+            block = rest + file.read(min(PIECE_BYTES, left))
+            left = end - file.tell()
+            cut = len(block) if left <= 0 else _last_break(block)
+            if cut == 0:  # no white space yet: read on
+                rest = block
+                continue
+            text = _decode(block[:cut], path, offset)
+            offset, rest = offset + cut, block[cut:]
+            if left <= 0 and not text.endswith("\n"):
+                text += "\n"
+            yield Piece(text, starts_document)
+            starts_document = False
+
+
+def _last_break(block: bytes) -> int:
+    """Where to cut: after the last newline, else after the last space, else 0."""
+    return (block.rfind(b"\n") + 1) or (block.rfind(b" ") + 1)
+
+
+def _decode(block: bytes, path: Path, offset: int) -> str:
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = block[error.start]
+        raise DataError(
+            f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}; convert it first, "
+            f"for example with iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def _hash(paths: list[Path], settings: str) -> str:
+    digest = hashlib.sha256(settings.encode())
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

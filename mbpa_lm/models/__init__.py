@@ -1,0 +1,1 @@
+"""Tokens to hidden states, and an output layer. Nothing here knows of memories."""

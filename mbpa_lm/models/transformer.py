@@ -1,0 +1,81 @@
+"""Any causal language model of the transformers library, built from its configuration.
+
+A stream is read in blocks of `context_length` tokens. Inside a block, keys and values are cached, so a prediction
+costs one token's work; when a block is full, the next one starts by reading its last `context_overlap` tokens again.
+Where blocks begin depends on the position in the stream alone, never on how the stream was cut into pieces.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mbpa_lm.config import ModelConfig
+from mbpa_lm.errors import ConfigError
+from mbpa_lm.models.base import ModelOutput, OutputLayer
+
+
+class BlockState(NamedTuple):
+    """The block being read: its tokens so far, and the keys and values of all its layers."""
+
+    tokens: Tensor  # (B, n) with n <= context_length
+    cache: Any  # transformers.Cache
+
+
+class TransformerLanguageModel(nn.Module):
+    """A causal LM of the transformers library behind this package's protocol."""
+
+    carries_state_in_training = False
+
+    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            settings = AutoConfig.for_model(config.architecture, vocab_size=vocabulary_size, **config.settings)
+            self.causal_lm = AutoModelForCausalLM.from_config(settings)
+        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ConfigError(f"model.architecture {config.architecture!r} with model.settings: {reason}") from None
+        longest = getattr(self.causal_lm.config, "max_position_embeddings", None)
+        if longest is not None and longest < config.context_length:
+            raise ConfigError(
+                f"model.context_length is {config.context_length}, but model.settings give {config.architecture} "
+                f"only {longest} positions"
+            )
+        self._context_length = config.context_length
+        self._context_overlap = config.context_overlap
+        self.vocabulary_size = vocabulary_size
+        self.hidden_size = int(self.output_layer().weight.shape[1])
+
+    def output_layer(self) -> OutputLayer:
+        layer = self.causal_lm.get_output_embeddings()
+        return OutputLayer(layer.weight, getattr(layer, "bias", None))
+
+    def forward(self, tokens: Tensor, state: BlockState | None = None) -> ModelOutput:
+        if self.training:
+            hidden_states = self.causal_lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            return ModelOutput(hidden_states, None, tokens.new_zeros((), dtype=torch.float32))
+        pieces = []
+        while tokens.shape[1] > 0:
+            state = self._room(state, tokens)
+            count = min(tokens.shape[1], self._context_length - state.tokens.shape[1])
+            hidden_states, state = self._read(state, tokens[:, :count])
+            pieces.append(hidden_states)
+            tokens = tokens[:, count:]
+        return ModelOutput(torch.cat(pieces, dim=1), state, tokens.new_zeros((), dtype=torch.float32))
+
+    def _room(self, state: BlockState | None, tokens: Tensor) -> BlockState:
+        """Return a block with room for a token: the current one, or a new one that has read the overlap."""
+        if state is not None and state.tokens.shape[1] < self._context_length:
+            return state
+        from transformers import DynamicCache
+
+        empty = BlockState(tokens[:, :0], DynamicCache(config=self.causal_lm.config))
+        if state is None or self._context_overlap == 0:
+            return empty
+        return self._read(empty, state.tokens[:, -self._context_overlap :])[1]
+
+    def _read(self, state: BlockState, tokens: Tensor) -> tuple[Tensor, BlockState]:
+        output = self.causal_lm.base_model(input_ids=tokens, past_key_values=state.cache, use_cache=True)
+        return output.last_hidden_state, BlockState(torch.cat([state.tokens, tokens], dim=1), output.past_key_values)

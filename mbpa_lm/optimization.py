@@ -1,0 +1,103 @@
+"""Optimizers and learning-rate schedules, and how an optimizer's state becomes tensors and JSON and back."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import ASGD, SGD, AdamW, Optimizer
+
+from mbpa_lm.config import TrainingConfig
+
+NOT_YET = 10**12
+"""Step at which ASGD would start to average if validation never stopped improving."""
+
+FINAL_FACTOR = 1e-4
+"""Learning rate at the end of a decay, as a share of the highest."""
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
+    """Build the optimizer of a model's parameters; momentum settings follow the published AWD-LSTM recipes."""
+    parameters, rate, decay = list(model.parameters()), config.learning_rate, config.weight_decay
+    if config.optimizer == "adamw":
+        return AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+    if config.optimizer == "sgd":
+        return SGD(parameters, lr=rate, weight_decay=decay)
+    return ASGD(parameters, lr=rate, lambd=0.0, t0=NOT_YET, weight_decay=decay)
+
+
+def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
+    """Return the learning rate of step `step` of `steps`, counted from 0."""
+    return config.learning_rate * _factor(step / steps, config.schedule, config.warmup_fraction)
+
+
+def _factor(done: float, schedule: str, warmup: float) -> float:
+    if done < warmup:
+        rise = done / warmup
+        return 0.04 + 0.96 * _cosine(1 - rise) if schedule == "one_cycle" else rise
+    fall = (done - warmup) / (1 - warmup)
+    if schedule == "constant":
+        return 1.0
+    shape = 1 - fall if schedule == "linear" else _cosine(fall)
+    return FINAL_FACTOR + (1 - FINAL_FACTOR) * shape
+
+
+def _cosine(fall: float) -> float:
+    """Fall from 1 to 0 along half a cosine."""
+    return (1 + math.cos(math.pi * fall)) / 2
+
+
+def start_averaging(optimizer: Optimizer) -> None:
+    """Begin the weight average of ASGD at the present step, unless it has begun."""
+    for group in optimizer.param_groups:
+        if group["t0"] == NOT_YET:
+            steps = [int(optimizer.state[parameter]["step"]) for parameter in group["params"]]
+            group["t0"] = max(steps)
+
+
+@contextmanager
+def averaged_weights(optimizer: Optimizer) -> Iterator[None]:
+    """Put ASGD's averaged weights into the model for the length of the block; other optimizers have none."""
+    swaps = [
+        (parameter, optimizer.state[parameter]["ax"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if group.get("t0", NOT_YET) != NOT_YET
+    ]
+    trained = [parameter.detach().clone() for parameter, _ in swaps]
+    with torch.no_grad():
+        for parameter, average in swaps:
+            parameter.copy_(average)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (parameter, _), weights in zip(swaps, trained, strict=True):
+                parameter.copy_(weights)
+
+
+def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state into named tensors and plain values."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            target = tensors if isinstance(value, Tensor) else values
+            target[f"{index}.{name}"] = value
+    return tensors, {"values": values, "groups": state["param_groups"]}
+
+
+def unpack_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """Put back what `pack_optimizer` returned; raises ValueError or KeyError where it fits another model."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **plain["values"]}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    for parameter, entries in zip(optimizer.param_groups[0]["params"], state.values(), strict=False):
+        moments = entries.get("exp_avg", entries.get("ax"))
+        if moments is not None and moments.shape != parameter.shape:
+            raise ValueError(f"a moment of shape {tuple(moments.shape)} for a weight of {tuple(parameter.shape)}")
+    optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})

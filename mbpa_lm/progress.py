@@ -1,0 +1,54 @@
+"""Progress on the terminal: a live bar where someone watches, a line now and then where output goes to a file."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+
+SECONDS_BETWEEN_LINES = 20.0
+
+
+class ProgressBar:
+    """Counts work done out of a total, with a note beside it.
+
+    `total` None is for work whose size is not known before.
+    """
+
+    def __init__(self, what: str, total: int | None, unit: str = "tokens") -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._done, self._note = 0, ""
+        self._started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> "ProgressBar":
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task(self._what, total=self._total, note="")
+            self._bar.start()
+        return self
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Add `count` units of work done."""
+        self._done += count
+        self._note = note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, note=self._text())
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            console.print(f"{self._what}: {self._text()}")
+
+    def _text(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        share = f"{self._done / self._total:4.0%} of {self._total:,}" if self._total else f"{self._done:,}"
+        text = f"{share} {self._unit}, {self._done / seconds:,.0f}/s"
+        return f"{text}, {self._note}" if self._note else text
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,336 @@
+"""Training: text in, checkpoints out.
+
+An LSTM reads the training text in rows side by side and carries its state from one piece to the next (truncated
+BPTT); a transformer reads the same pieces as blocks. After each epoch the validation text is scored and the best
+and the last checkpoint are kept. A run that was stopped goes on from its last checkpoint and ends with the same
+weights, to the bit on a CPU, as one that never stopped.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mbpa_lm.checkpoint import (
+    Checkpoint,
+    TrainingPosition,
+    check_same_model,
+    find_checkpoint,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from mbpa_lm.config import Config, TrainingConfig
+from mbpa_lm.data.corpora import Corpus, open_corpus
+from mbpa_lm.data.streams import SequenceBatches, TokenStream, count_tokens, open_stream
+from mbpa_lm.data.tokenizers import Tokenizer, make_tokenizer
+from mbpa_lm.errors import CheckpointError, ConfigError
+from mbpa_lm.machine import bfloat16_is_faster, pick_device
+from mbpa_lm.models.base import State
+from mbpa_lm.models.build import Model, build_model
+from mbpa_lm.optimization import (
+    averaged_weights,
+    build_optimizer,
+    learning_rate,
+    pack_optimizer,
+    start_averaging,
+    unpack_optimizer,
+)
+from mbpa_lm.progress import ProgressBar, console
+from mbpa_lm.tracking import RunLog
+
+
+@dataclass
+class Position:
+    """How far a training run has come."""
+
+    step: int = 0
+    best_loss: float = math.inf
+    epochs_without_gain: int = 0
+    seconds: float = 0.0
+    precision: str = "float32"
+    validation_losses: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training run ended with; losses are in nats a token."""
+
+    checkpoint: Path
+    best_validation_loss: float
+    steps: int
+    seconds: float
+
+
+def train(config: Config, resume: bool = False) -> TrainingResult:
+    """Train the configured model and return where its best checkpoint is.
+
+    Raises ConfigError, DataError or CheckpointError before any training where something does not fit, and
+    CheckpointError where a checkpoint cannot be written.
+    """
+    run_folder = Path(config.run.folder)
+    if has_checkpoint(run_folder) and not resume:
+        raise ConfigError(f"run.folder {run_folder} already holds a run; add --resume to go on with it, or name another folder")
+    corpus = open_corpus(config.data)
+    checkpoint = _checkpoint_to_resume(run_folder, config, corpus) if resume else None
+    tokenizer = checkpoint.tokenizer if checkpoint else _make_tokenizer(config, corpus)
+    streams = {split: _open_stream(config, corpus, split, tokenizer) for split in ("train", "valid")}
+    torch.manual_seed(config.run.seed)
+    model = checkpoint.model if checkpoint else build_model(config.model, tokenizer.vocabulary_size)
+    run = _Run(config, corpus, tokenizer, streams, model.to(pick_device(config.run.device)), checkpoint)
+    with RunLog(run_folder, config.tracking.mode, config.tracking.project, "train", asdict(config)) as log:
+        return run.to_the_end(log)
+
+
+class _Run:
+    """The objects that a training run moves: model, optimizer, carried state and position."""
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        streams: dict[str, TokenStream],
+        model: Model,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        training = config.training
+        self.config, self.tokenizer, self.model = config, tokenizer, model
+        self.folder = Path(config.run.folder)
+        self.device = model.output_layer().weight.device
+        self.corpus = {"name": corpus.name, "fingerprint": corpus.fingerprint("train")}
+        self.token_counts = torch.from_numpy(count_tokens(streams["train"].tokens, tokenizer.vocabulary_size))
+        self.batches = SequenceBatches(streams["train"].tokens, training.batch_size, training.sequence_length)
+        self.validation = validation_batches(streams["valid"], training)
+        self.optimizer = build_optimizer(model, training)
+        self.state: State | None = None
+        self.position = Position(precision=_precision(training, self.device))
+        if checkpoint:
+            self._restore(checkpoint)
+
+    @property
+    def steps(self) -> int:
+        return self.config.training.epochs * self.batches.steps
+
+    def to_the_end(self, log: RunLog) -> TrainingResult:
+        position, training = self.position, self.config.training
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        console.print(
+            f"training {parameters / 1e6:.1f}M parameters on {len(self.batches.tokens):,} tokens, "
+            f"{training.epochs} epochs of {self.batches.steps} steps, {position.precision}, on {self.device}"
+        )
+        while position.step < self.steps and not self._has_stalled():
+            epoch = position.step // self.batches.steps
+            record = self._train_epoch(epoch, log)
+            record |= self._validate()
+            log.write(record)
+            gained = position.epochs_without_gain == 0
+            console.print(
+                f"epoch {epoch + 1:3d}  train perplexity {record['train/perplexity']:8.2f}  valid "
+                f"{record['valid/perplexity']:8.2f}{' *' if gained else '  '}  {record['train/tokens_per_second']:,.0f} "
+                f"tokens/s  {position.seconds / 60:.1f} min"
+            )
+            self._save(is_best=gained)
+        best = {"best/loss": position.best_loss, "best/perplexity": math.exp(position.best_loss)}
+        log.summarize(best | {"seconds": position.seconds})
+        return TrainingResult(find_checkpoint(self.folder), position.best_loss, position.step, position.seconds)
+
+    def _train_epoch(self, epoch: int, log: RunLog) -> dict[str, Any]:
+        position, training = self.position, self.config.training
+        first = position.step - epoch * self.batches.steps
+        if first == 0:
+            self.state = None
+        tokens_a_step = training.batch_size * training.sequence_length
+        self.model.train()
+        total, started, before = 0.0, time.perf_counter(), position.seconds
+        with ProgressBar(f"epoch {epoch + 1}", (self.batches.steps - first) * tokens_a_step) as progress:
+            for done, (inputs, targets) in enumerate(self.batches.batches(self.config.run.seed, epoch, first), start=1):
+                loss = self._step(inputs, targets)
+                if not math.isfinite(loss):
+                    rate = learning_rate(position.step, self.steps, training)
+                    raise ConfigError(
+                        f"training diverged at step {position.step}: the loss is {loss} at learning rate {rate:.2g}; "
+                        f"lower training.learning_rate or training.gradient_norm and go on with --resume"
+                    )
+                total += loss
+                position.step += 1
+                position.seconds = before + time.perf_counter() - started
+                progress.advance(tokens_a_step, f"train perplexity {math.exp(total / done):.1f}")
+                if training.save_steps and done < self.batches.steps - first and position.step % training.save_steps == 0:
+                    log.write({"step": position.step, "train/loss": loss})
+                    self._save(is_best=False)
+        seconds = time.perf_counter() - started
+        return {
+            "step": position.step,
+            "epoch": epoch + 1,
+            "train/loss": total / done,
+            "train/perplexity": math.exp(total / done),
+            "train/tokens_per_second": done * tokens_a_step / seconds,
+            "train/learning_rate": learning_rate(position.step - 1, self.steps, training),
+        }
+
+    def _step(self, inputs: np.ndarray, targets: np.ndarray) -> float:
+        """Read a batch, take one optimizer step and return the loss in nats a token, penalties left out."""
+        training = self.config.training
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.position.step, self.steps, training)
+        state = self.state if self.model.carries_state_in_training else None
+        with self._autocast():
+            output = self.model(torch.from_numpy(inputs).to(self.device), state)
+            logits = self.model.output_layer().logits(output.hidden_states)
+        # Outside autocast the loss reads bfloat16 logits and sums in float32, with no float32 copy of (tokens x V).
+        losses = cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).to(self.device).flatten(), reduction="none")
+        loss = losses.float().mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + output.penalty).backward()
+        if training.gradient_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_norm)
+        self.optimizer.step()
+        self.state = output.state
+        return float(loss.detach())
+
+    def _validate(self) -> dict[str, float]:
+        position, training, started = self.position, self.config.training, time.perf_counter()
+        with averaged_weights(self.optimizer), self._autocast():
+            loss = validation_loss(self.model, self.validation, self.device)
+        position.seconds += time.perf_counter() - started
+        gained = loss < position.best_loss
+        position.best_loss = min(loss, position.best_loss)
+        position.epochs_without_gain = 0 if gained else position.epochs_without_gain + 1
+        position.validation_losses.append(loss)
+        if training.optimizer == "asgd":
+            earlier = position.validation_losses[: -training.averaging_patience - 1]
+            if earlier and loss > min(earlier):
+                start_averaging(self.optimizer)
+        return {"valid/loss": loss, "valid/perplexity": math.exp(loss)}
+
+    def _has_stalled(self) -> bool:
+        patience = self.config.training.patience
+        stalled = bool(patience) and self.position.epochs_without_gain >= patience
+        if stalled:
+            console.print(f"stopped: no better validation loss in {patience} epochs")
+        return stalled
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.position.precision == "bfloat16")
+
+    def _save(self, is_best: bool) -> None:
+        with averaged_weights(self.optimizer):
+            save_checkpoint(
+                self.folder,
+                self.position.step,
+                self.model,
+                self.config.model,
+                self.tokenizer,
+                self.token_counts,
+                self.corpus,
+                self._pack(),
+                is_best,
+            )
+
+    def _pack(self) -> TrainingPosition:
+        tensors, plain = pack_optimizer(self.optimizer)
+        packed = {f"optimizer.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+        packed["random"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            packed["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        for index, tensor in enumerate(self.state or ()):
+            packed[f"state.{index}"] = tensor.detach().contiguous()
+        values = {"position": asdict(self.position), "optimizer": plain, "training": asdict(self.config.training)}
+        return TrainingPosition(packed, values)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        assert checkpoint.position is not None
+        tensors, values = checkpoint.position.tensors, checkpoint.position.values
+        try:
+            unpack_optimizer(self.optimizer, _strip(tensors, "optimizer."), values["optimizer"])
+            state = _strip(tensors, "state.")
+            self.state = tuple(state[str(index)].to(self.device) for index in range(len(state))) or None
+            self.position = Position(**values["position"])
+            torch.set_rng_state(tensors["random"])
+            if self.device.type == "cuda" and "random_cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoint.folder} cannot be resumed: its training state is damaged ({error})") from None
+
+
+def validation_batches(stream: TokenStream, training: TrainingConfig) -> SequenceBatches:
+    """Cut the validation text into as many rows as it has room for, up to the configured number."""
+    rows = min(training.validation_rows, (len(stream) - 1) // training.sequence_length - 1)
+    return SequenceBatches(stream.tokens, max(rows, 1), training.sequence_length)
+
+
+@torch.no_grad()
+def validation_loss(model: Model, batches: SequenceBatches, device: torch.device) -> float:
+    """Return the mean loss in nats a token over rows read side by side, each from an empty state."""
+    model.eval()
+    total, count = 0.0, 0
+    state: State | None = None
+    for inputs, targets in batches.batches(seed=0, epoch=0):
+        output = model(torch.from_numpy(inputs).to(device), state)
+        state = output.state
+        logits = model.output_layer().logits(output.hidden_states).float()
+        total += float(cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).to(device).flatten(), reduction="sum"))
+        count += targets.size
+    return total / count
+
+
+def _checkpoint_to_resume(run_folder: Path, config: Config, corpus: Corpus) -> Checkpoint | None:
+    if not has_checkpoint(run_folder):
+        console.print(f"nothing to resume in {run_folder}; starting from the beginning")
+        return None
+    folder = find_checkpoint(run_folder, "last")
+    check_same_model(folder, config.model)
+    checkpoint = load_checkpoint(folder, with_position=True)
+    assert checkpoint.position is not None
+    if checkpoint.corpus["fingerprint"] != corpus.fingerprint("train"):
+        raise CheckpointError(f"{folder} was trained on another text ({checkpoint.corpus['name']}) than {corpus.name}")
+    for name, wanted in asdict(config.training).items():
+        saved = checkpoint.position.values["training"].get(name)
+        if saved != wanted and name not in ("precision", "save_steps", "patience"):
+            raise CheckpointError(
+                f"{folder} was trained with training.{name} {saved!r}, the configuration says {wanted!r}; resume with the "
+                f"same values, or start another run.folder"
+            )
+    return checkpoint
+
+
+def _make_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
+    console.print(f"reading {corpus.name} for its {config.tokenizer.kind} vocabulary")
+    return make_tokenizer(config.tokenizer, corpus.pieces("train"))
+
+
+def _open_stream(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer) -> TokenStream:
+    with _token_progress(f"tokenizing {corpus.name} {split}") as progress:
+        return open_stream(corpus, split, tokenizer, Path(config.data.token_folder), progress)
+
+
+@contextmanager
+def _token_progress(what: str) -> Iterator[Any]:
+    with ProgressBar(what, None) as bar:
+        done = 0
+
+        def tell(count: int) -> None:
+            nonlocal done
+            bar.advance(count - done)
+            done = count
+
+        yield tell
+
+
+def _precision(training: TrainingConfig, device: torch.device) -> str:
+    if training.precision == "auto":
+        return "bfloat16" if bfloat16_is_faster(device) else "float32"
+    return training.precision
+
+
+def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
