@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mbpa_lm.config import ModelConfig
+from mbpa_lm.config import Config, ModelConfig
 from mbpa_lm.data.tokenizers import Tokenizer, load_tokenizer
 from mbpa_lm.errors import CheckpointError, ConfigError
 from mbpa_lm.models.build import Model, build_model
@@ -60,10 +60,9 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run_folder: Path,
+    config: Config,
     step: int,
     model: Model,
-    model_config: ModelConfig,
     tokenizer: Tokenizer,
     token_counts: Tensor,
     corpus: dict[str, str],
@@ -74,6 +73,7 @@ def save_checkpoint(
 
     Raises CheckpointError where it cannot be written; the previous checkpoint is then untouched.
     """
+    run_folder = Path(config.run.folder)
     target = run_folder / "checkpoints" / f"step-{step:06d}"
     pointers = _read_pointers(run_folder)
     with _report_failure(target, pointers.get("last")):
@@ -88,9 +88,13 @@ def save_checkpoint(
             manifest = {
                 "format": FORMAT,
                 "step": step,
-                "model": dataclasses.asdict(model_config),
+                "model": dataclasses.asdict(config.model),
                 "vocabulary_size": tokenizer.vocabulary_size,
-                "tokenizer": {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint()},
+                "tokenizer": {
+                    "kind": tokenizer.kind,
+                    "fingerprint": tokenizer.fingerprint(),
+                    "settings": dataclasses.asdict(config.tokenizer),
+                },
                 "corpus": corpus,
                 "files": {name: _file_hash(temporary / name) for name in ("model.safetensors", "training.safetensors")},
             }
@@ -161,15 +165,17 @@ def has_checkpoint(run_folder: Path) -> bool:
     return "last" in _read_pointers(run_folder)
 
 
-def check_same_model(folder: Path, config: ModelConfig) -> None:
-    """Refuse a checkpoint whose model is not the configured one, naming the first setting that differs."""
-    saved = _read_manifest(folder)["model"]
-    for name, wanted in dataclasses.asdict(config).items():
-        if saved.get(name) != wanted:
-            raise CheckpointError(
-                f"checkpoint {folder} holds another model: model.{name} is {saved.get(name)!r} there and {wanted!r} in the "
-                f"configuration; use the configuration it was trained with"
-            )
+def check_same_settings(folder: Path, config: Config) -> None:
+    """Refuse a checkpoint of another model or tokenizer than configured, naming the first setting that differs."""
+    manifest = _read_manifest(folder)
+    saved_sections = {"model": manifest["model"], "tokenizer": manifest["tokenizer"]["settings"]}
+    for section, saved in saved_sections.items():
+        for name, wanted in dataclasses.asdict(getattr(config, section)).items():
+            if saved.get(name) != wanted:
+                raise CheckpointError(
+                    f"checkpoint {folder} holds another {section}: {section}.{name} is {saved.get(name)!r} there and "
+                    f"{wanted!r} in the configuration; use the configuration it was trained with"
+                )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

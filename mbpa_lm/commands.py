@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -32,6 +33,23 @@ def _train(arguments: Sequence[str]) -> None:
 
     result = train(config, options["resume"])
     print(f"best checkpoint: {result.checkpoint}")
+
+
+def evaluate(arguments: Sequence[str] | None = None) -> int:
+    """Run `evaluate.py` with the given arguments and return its exit code."""
+    return _guarded(_evaluate, sys.argv[1:] if arguments is None else arguments)
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    parser = _parser("evaluate.py", "Score a held-out text with a trained model, with and without its memory.")
+    parser.add_argument("--checkpoint", type=str, help="Run folder or checkpoint folder that train.py wrote (required).")
+    config, options = parse(parser, arguments)
+    if not options["checkpoint"]:
+        raise ConfigError("--checkpoint is missing; name the run folder that train.py wrote, for example runs/demo")
+    _prepare_machine(config)
+    from mbpa_lm.evaluation import evaluate
+
+    evaluate(config, Path(options["checkpoint"]))
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dict[str, Any]]:

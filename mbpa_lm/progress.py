@@ -1,6 +1,8 @@
 """Progress on the terminal: a live bar where someone watches, a line now and then where output goes to a file."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -52,3 +54,17 @@ class ProgressBar:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+@contextmanager
+def token_progress(what: str) -> Iterator[Callable[[int], None]]:
+    """Give a function that is told how many tokens have been made so far, out of an unknown number."""
+    with ProgressBar(what, None) as bar:
+        done = 0
+
+        def tell(count: int) -> None:
+            nonlocal done
+            bar.advance(count - done)
+            done = count
+
+        yield tell

@@ -8,8 +8,6 @@ weights, to the bit on a CPU, as one that never stopped.
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from mbpa_lm.checkpoint import (
     Checkpoint,
     TrainingPosition,
-    check_same_model,
+    check_same_settings,
     find_checkpoint,
     has_checkpoint,
     load_checkpoint,
@@ -44,7 +42,7 @@ from mbpa_lm.optimization import (
     start_averaging,
     unpack_optimizer,
 )
-from mbpa_lm.progress import ProgressBar, console
+from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.tracking import RunLog
 
 
@@ -225,10 +223,9 @@ class _Run:
     def _save(self, is_best: bool) -> None:
         with averaged_weights(self.optimizer):
             save_checkpoint(
-                self.folder,
+                self.config,
                 self.position.step,
                 self.model,
-                self.config.model,
                 self.tokenizer,
                 self.token_counts,
                 self.corpus,
@@ -288,7 +285,7 @@ def _checkpoint_to_resume(run_folder: Path, config: Config, corpus: Corpus) -> C
         console.print(f"nothing to resume in {run_folder}; starting from the beginning")
         return None
     folder = find_checkpoint(run_folder, "last")
-    check_same_model(folder, config.model)
+    check_same_settings(folder, config)
     checkpoint = load_checkpoint(folder, with_position=True)
     assert checkpoint.position is not None
     if checkpoint.corpus["fingerprint"] != corpus.fingerprint("train"):
@@ -309,21 +306,8 @@ def _make_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
 
 
 def _open_stream(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer) -> TokenStream:
-    with _token_progress(f"tokenizing {corpus.name} {split}") as progress:
+    with token_progress(f"tokenizing {corpus.name} {split}") as progress:
         return open_stream(corpus, split, tokenizer, Path(config.data.token_folder), progress)
-
-
-@contextmanager
-def _token_progress(what: str) -> Iterator[Any]:
-    with ProgressBar(what, None) as bar:
-        done = 0
-
-        def tell(count: int) -> None:
-            nonlocal done
-            bar.advance(count - done)
-            done = count
-
-        yield tell
 
 
 def _precision(training: TrainingConfig, device: torch.device) -> str:

@@ -51,7 +51,7 @@ class HeldOutText:
         self._pattern = pattern
         self._fractions = (valid_fraction, test_fraction)
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+            files = _files_under(path)
             if len(files) < len(SPLITS):
                 raise DataError(f"{path} holds {len(files)} files; a folder of texts needs at least {len(SPLITS)}")
             self._parts = self._hold_out_files(files)
@@ -92,6 +92,24 @@ class HeldOutText:
             split: [(self._path, begin, end)]
             for split, begin, end in zip(SPLITS, bounds, bounds[1:], strict=False)
         }
+
+
+class WholeText:
+    """A file, or all files under a folder, as one stream: every split is the whole text."""
+
+    def __init__(self, path: Path, pattern: str | None) -> None:
+        if not path.exists():
+            raise DataError(f"{path} does not exist; give a text file or a folder of text files")
+        self.name = path.resolve().name
+        self._pattern = pattern
+        self._files = _files_under(path) if path.is_dir() else [path]
+
+    def fingerprint(self, split: str) -> str:
+        return _hash(self._files, self._pattern or "")
+
+    def pieces(self, split: str) -> Iterator[Piece]:
+        for file in self._files:
+            yield from split_documents(read_pieces(file, 0, file.stat().st_size), self._pattern)
 
 
 def hold_out(sizes: list[tuple[str, int]], valid_fraction: float, test_fraction: float) -> tuple[set[str], set[str]]:
@@ -136,6 +154,10 @@ def read_pieces(path: Path, begin: int, end: int) -> Iterator[Piece]:
                 text += "\n"
             yield Piece(text, starts_document)
             starts_document = False
+
+
+def _files_under(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
 
 
 def _last_break(block: bytes) -> int:

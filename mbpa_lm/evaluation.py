@@ -1,0 +1,124 @@
+"""Evaluation: a checkpoint and a held-out text in, metrics.json and a table out."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbpa_lm.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint
+from mbpa_lm.config import Config
+from mbpa_lm.data.corpora import Corpus, open_corpus
+from mbpa_lm.data.streams import TokenStream, open_stream
+from mbpa_lm.data.text_files import WholeText
+from mbpa_lm.errors import CheckpointError
+from mbpa_lm.experts.base import Expert
+from mbpa_lm.experts.base_model import BaseModelExpert
+from mbpa_lm.experts.mbpa import MbpaExpert
+from mbpa_lm.machine import code_commit, describe_machine, peak_memory_bytes, pick_device
+from mbpa_lm.memory.window import WindowMemory
+from mbpa_lm.metrics import Targets, summarize
+from mbpa_lm.progress import ProgressBar, console, token_progress
+from mbpa_lm.report import print_tables, write_results
+from mbpa_lm.scoring import StreamScores, score_stream
+from mbpa_lm.tracking import RunLog
+
+
+def evaluate(config: Config, checkpoint_path: Path) -> dict[str, Any]:
+    """Score a stream with the base model and with its memory; write and return the metrics.
+
+    Raises CheckpointError where the checkpoint is not of the configured model, tokenizer or text, and DataError
+    where the text cannot be read.
+    """
+    folder = find_checkpoint(checkpoint_path)
+    check_same_settings(folder, config)
+    checkpoint = load_checkpoint(folder)
+    stream = _open_stream(config, checkpoint)
+    model = checkpoint.model.to(pick_device(config.run.device)).eval()
+    layer = model.output_layer()
+    experts: list[Expert] = [BaseModelExpert(), MbpaExpert(layer, config.adaptation)]
+    memory = WindowMemory(config.memory.size, model.hidden_size, layer.weight.dtype, layer.weight.device)
+    with RunLog(Path(config.run.folder), config.tracking.mode, config.tracking.project, "evaluate", asdict(config)) as log:
+        with ProgressBar(f"scoring {stream.name}", len(stream) - 1) as progress:
+            scores = score_stream(
+                model,
+                stream.tokens,
+                experts,
+                memory,
+                config.memory.neighbours,
+                config.evaluation.chunk_length,
+                _show(progress),
+            )
+        metrics = _metrics(config, checkpoint, stream, scores)
+        path = write_results(Path(config.run.folder), metrics, scores)
+        _log_metrics(log, metrics)
+    print_tables(metrics)
+    console.print(f"written to {path}")
+    return metrics
+
+
+def _open_stream(config: Config, checkpoint: Checkpoint) -> TokenStream:
+    evaluation = config.evaluation
+    if evaluation.text:
+        corpus: Corpus = WholeText(Path(evaluation.text), config.data.document_pattern)
+    else:
+        corpus = open_corpus(config.data)
+        if corpus.fingerprint("train") != checkpoint.corpus["fingerprint"]:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} was trained on another text ({checkpoint.corpus['name']}) than data.corpus "
+                f"{corpus.name} holds; use the configuration it was trained with, or --evaluation.text to score any text"
+            )
+    with token_progress(f"tokenizing {corpus.name} {evaluation.split}") as progress:
+        stream = open_stream(corpus, evaluation.split, checkpoint.tokenizer, Path(config.data.token_folder), progress)
+    return stream.first(evaluation.max_tokens + 1) if evaluation.max_tokens else stream
+
+
+def _show(progress: ProgressBar) -> Callable[[int, StreamScores], None]:
+    done = 0
+
+    def show(scored: int, scores: StreamScores) -> None:
+        nonlocal done
+        means = {name: float(np.mean(losses[:scored], dtype=np.float64)) for name, losses in scores.losses.items()}
+        progress.advance(scored - done, ", ".join(f"{name} {np.exp(mean):.1f}" for name, mean in means.items()))
+        done = scored
+
+    return show
+
+
+def _metrics(config: Config, checkpoint: Checkpoint, stream: TokenStream, scores: StreamScores) -> dict[str, Any]:
+    targets = Targets.of(stream, checkpoint.token_counts.numpy())
+    experts = {}
+    for name, losses in scores.losses.items():
+        seconds = scores.seconds[name]
+        experts[name] = {**summarize(losses, targets), "seconds": seconds, "tokens_per_second": len(losses) / seconds}
+    return {
+        "experts": experts,
+        "stream": {
+            "name": stream.name,
+            "tokens": len(stream),
+            "scored": len(stream) - 1,
+            "words": targets.words,
+            "characters": targets.characters,
+            "documents": len(stream.document_starts),
+        },
+        "peak_memory_bytes": peak_memory_bytes(),
+        "checkpoint": {"folder": str(checkpoint.folder), "fingerprint": checkpoint.fingerprint},
+        "command": " ".join(sys.argv),
+        "commit": code_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(checkpoint.model.output_layer().weight.device),
+        "config": asdict(config),
+    }
+
+
+def _log_metrics(log: RunLog, metrics: dict[str, Any]) -> None:
+    shown = ("perplexity", "bits_per_token", "bits_per_word", "bits_per_character", "tokens_per_second")
+    final = {f"{name}/{key}": values[key] for name, values in metrics["experts"].items() for key in shown}
+    curves = {name: values["along_stream"] for name, values in metrics["experts"].items()}
+    for segment in range(len(curves["base"])):
+        log.write({"step": segment, **{f"stream/{name}": parts[segment]["perplexity"] for name, parts in curves.items()}})
+    log.write(final)
+    log.summarize(final)

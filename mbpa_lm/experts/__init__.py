@@ -1,0 +1,1 @@
+"""Ways to predict the next token, one file each, all behind `experts.base.Expert`."""

@@ -1,0 +1,15 @@
+"""The trained model as it is."""
+
+from torch import Tensor
+
+from mbpa_lm.experts.base import Chunk
+
+
+class BaseModelExpert:
+    """The base softmax, which every other expert is compared with."""
+
+    name = "base"
+    needs_neighbours = False
+
+    def log_probabilities(self, chunk: Chunk) -> Tensor:
+        return chunk.base_log_probabilities

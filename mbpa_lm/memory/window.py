@@ -1,0 +1,122 @@
+"""The most recent entries of the stream, searched exactly.
+
+Entries lie in one contiguous tensor, so that FAISS searches them where they are: there is no index to keep up to date.
+New entries go to the end; when the tensor is full, the window moves to its front, once every `size` entries.
+
+A chunk's queries do not see the same window: query i sees entries up to i - 1 of its own chunk and has lost the i
+oldest. So FAISS searches the part that all of them see, the two ends are compared directly under a mask, and the
+distances of the candidates are computed again in the keys' own precision before the nearest are chosen. That makes
+the result independent of the chunk length and of FAISS's rounding.
+
+Dimensions: `C` positions of a chunk, `K` neighbours, `d` hidden size, `N` entries.
+"""
+
+import math
+
+import faiss
+import torch
+from torch import Tensor
+
+from mbpa_lm.memory.base import Neighbours
+
+QUERIES_AT_ONCE = 128
+SPARE_CANDIDATES = 8
+"""Candidates beyond K, so that rounding in the first search cannot lose one of the K nearest."""
+
+
+class WindowMemory:
+    """A sliding window over the last `size` entries."""
+
+    def __init__(self, size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._size = size
+        self._capacity = 2 * size + QUERIES_AT_ONCE
+        self._keys = torch.empty(self._capacity, hidden_size, dtype=dtype, device=device)
+        self._values = torch.empty(self._capacity, dtype=torch.int64, device=device)
+        self._log_partitions = torch.empty(self._capacity, dtype=dtype, device=device)
+        self._end = 0  # entries lie in [end - len(self), end) of the tensors
+        self._written = 0
+
+    def __len__(self) -> int:
+        return min(self._written, self._size)
+
+    def read_and_write(self, hidden_states: Tensor, next_tokens: Tensor, log_partitions: Tensor, count: int) -> Neighbours:
+        """See `Memory.read_and_write`."""
+        parts = [
+            self._read_and_write_some(*some, count)
+            for some in zip(
+                hidden_states.split(QUERIES_AT_ONCE),
+                next_tokens.split(QUERIES_AT_ONCE),
+                log_partitions.split(QUERIES_AT_ONCE),
+                strict=True,
+            )
+        ]
+        return Neighbours(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+
+    def _read_and_write_some(self, queries_Cd: Tensor, next_tokens: Tensor, log_partitions: Tensor, count: int) -> Neighbours:
+        chunk, before = len(queries_Cd), len(self)
+        first = self._append(queries_Cd, next_tokens, log_partitions)  # where the chunk's own entries begin
+        oldest = first - before
+        all_see = max(oldest, min(first, first + chunk - 1 - self._size))  # every query sees [all_see, first)
+        seen_by_some = torch.cat([torch.arange(oldest, all_see), torch.arange(first, first + chunk - 1)])
+        seen_by_some = seen_by_some.to(queries_Cd.device)
+        common = self._search(queries_Cd, all_see, first, count + SPARE_CANDIDATES)
+        some = self._search_masked(queries_Cd, seen_by_some, first, count + SPARE_CANDIDATES)
+        return self._nearest(queries_Cd, torch.cat([common, some], dim=1), count)
+
+    def _append(self, keys: Tensor, values: Tensor, log_partitions: Tensor) -> int:
+        if self._end + len(keys) > self._capacity:
+            kept = slice(self._end - len(self), self._end)
+            for tensor in (self._keys, self._values, self._log_partitions):
+                tensor[: len(self)] = tensor[kept].clone()
+            self._end = len(self)
+        first, self._end = self._end, self._end + len(keys)
+        self._keys[first : self._end] = keys
+        self._values[first : self._end] = values
+        self._log_partitions[first : self._end] = log_partitions
+        self._written += len(keys)
+        return first
+
+    def _search(self, queries_Cd: Tensor, begin: int, end: int, count: int) -> Tensor:
+        """Return the rows (C, n) of the entries in [begin, end) nearest to each query."""
+        count = min(count, end - begin)
+        if count == 0:
+            return torch.empty(len(queries_Cd), 0, dtype=torch.int64, device=queries_Cd.device)
+        keys_Nd = self._keys[begin:end]
+        if queries_Cd.device.type == "cpu":
+            _, rows = faiss.knn(queries_Cd.float().contiguous().numpy(), keys_Nd.float().contiguous().numpy(), count)
+            return begin + torch.from_numpy(rows)
+        return begin + _squared_distances(queries_Cd, keys_Nd).topk(count, largest=False).indices
+
+    def _search_masked(self, queries_Cd: Tensor, rows: Tensor, first: int, count: int) -> Tensor:
+        """Return the nearest of `rows` (n,) that each query may see, -1 where there is none: (C, min(n, count))."""
+        own = first + torch.arange(len(queries_Cd), device=rows.device)[:, None]  # (C, 1): where each query is stored
+        hidden = (rows >= own) | (rows < own - self._size)
+        distances = _squared_distances(queries_Cd, self._keys[rows]).masked_fill(hidden, math.inf)
+        nearest, columns = distances.topk(min(count, len(rows)), largest=False)
+        return rows[columns].masked_fill(nearest.isinf(), -1)
+
+    def _nearest(self, queries_Cd: Tensor, rows: Tensor, count: int) -> Neighbours:
+        """Choose the nearest `count` of the candidate rows (C, n), by distances computed directly."""
+        chunk, device = len(queries_Cd), queries_Cd.device
+        if rows.shape[1] < count:
+            rows = torch.cat([rows, rows.new_full((chunk, count - rows.shape[1]), -1)], dim=1)
+        rows = rows.sort(dim=1, descending=True).values  # newer first, kept so among equal distances
+        differences = self._keys[rows.clamp(min=0)] - queries_Cd[:, None]
+        distances = differences.square_().sum(-1).masked_fill_(rows < 0, math.inf)
+        distances, order = distances.sort(dim=1, stable=True)
+        rows, distances = rows.gather(1, order)[:, :count], distances[:, :count]
+        empty, filled = rows < 0, rows.clamp(min=0)
+        positions = filled + (self._written - self._end)
+        return Neighbours(
+            keys=self._keys[filled].masked_fill_(empty[..., None], 0),
+            values=self._values[filled].masked_fill_(empty, 0),
+            log_partitions=self._log_partitions[filled].masked_fill_(empty, 0),
+            squared_distances=distances,
+            positions=positions.masked_fill_(empty, -1).to(device),
+        )
+
+
+def _squared_distances(queries_Cd: Tensor, keys_Nd: Tensor) -> Tensor:
+    """Return (C, N) squared distances through one matrix product; rounding is that of the product."""
+    products = queries_Cd @ keys_Nd.T
+    return queries_Cd.square().sum(1, keepdim=True) + keys_Nd.square().sum(1) - 2 * products

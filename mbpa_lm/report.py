@@ -1,0 +1,81 @@
+"""The results of an evaluation: metrics.json, the loss of every token, and a table on the terminal."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors.torch import save_file
+
+from mbpa_lm.errors import MbpaError
+from mbpa_lm.scoring import StreamScores
+from mbpa_lm.progress import console
+
+METRICS_FILE = "metrics.json"
+LOSSES_FILE = "losses.safetensors"
+
+
+def write_results(folder: Path, metrics: Mapping[str, Any], scores: StreamScores) -> Path:
+    """Write metrics.json and losses.safetensors into the run folder, each whole or not at all."""
+    path = folder / METRICS_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        losses = {name: torch.from_numpy(values) for name, values in scores.losses.items()}
+        save_file(losses, folder / f".{LOSSES_FILE}")
+        os.replace(folder / f".{LOSSES_FILE}", folder / LOSSES_FILE)
+        temporary = folder / f".{METRICS_FILE}"
+        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise MbpaError(f"results could not be written to {folder}: {error.strerror or error}") from None
+    return path
+
+
+def print_tables(metrics: Mapping[str, Any]) -> None:
+    """Print the experts side by side, then where their losses differ."""
+    experts = metrics["experts"]
+    base = experts["base"]["perplexity"]
+    stream = metrics["stream"]
+    title = f"{stream['name']}: {stream['scored']:,} tokens scored of {stream['tokens']:,}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("expert")
+    for name in ("perplexity", "against base", "bits/token", "bits/word", "bits/character", "tokens/s"):
+        table.add_column(name, justify="right")
+    for name, values in experts.items():
+        table.add_row(
+            name,
+            f"{values['perplexity']:.2f}",
+            "" if name == "base" else f"{values['perplexity'] / base - 1:+.1%}",
+            f"{values['bits_per_token']:.3f}",
+            f"{values['bits_per_word']:.3f}",
+            f"{values['bits_per_character']:.3f}",
+            f"{values['tokens_per_second']:,.0f}",
+        )
+    console.print(table)
+    _print_groups("perplexity by occurrences of the word in training", experts, "by_training_frequency")
+    _print_groups("perplexity by occurrence in the stream", experts, "by_recurrence")
+    if stream["documents"] > 1:
+        _print_groups("perplexity by position in the document", experts, "by_document_position")
+
+
+def _print_groups(title: str, experts: Mapping[str, Any], group: str) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("words")
+    table.add_column("tokens", justify="right")
+    for name in experts:
+        table.add_column(name, justify="right")
+        if name != "base":
+            table.add_column("against base", justify="right")
+    for row, base in experts["base"][group].items():
+        if base["tokens"]:
+            cells = [row, f"{base['tokens']:,}"]
+            for name, values in experts.items():
+                perplexity = values[group][row]["perplexity"]
+                cells.append(f"{perplexity:,.1f}")
+                if name != "base":
+                    cells.append(f"{perplexity / base['perplexity'] - 1:+.1%}")
+            table.add_row(*cells)
+    console.print(table)
