@@ -173,6 +173,9 @@ class TrainingConfig:
     """asgd: epochs without a better validation loss before averaging starts."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of training; auto measures whether bfloat16 is faster on this machine."""
+    sampled_words: int = 0
+    """Words that the training loss draws, on average, to estimate the softmax's sum; fewer is faster. 0: the whole
+    vocabulary. Validation and evaluation always use the whole."""
     patience: int = 0
     """Epochs without a better validation loss before training stops; 0: never."""
     save_steps: int = 0
@@ -182,7 +185,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _require_positive("training", self, "epochs", "batch_size", "sequence_length", "learning_rate", "validation_rows")
-        _require_not_negative("training", self, "weight_decay", "gradient_norm", "patience", "save_steps")
+        _require_not_negative("training", self, "weight_decay", "gradient_norm", "patience", "save_steps", "sampled_words")
         _require_not_negative("training", self, "averaging_patience")
         _require_probability("training", self, "warmup_fraction")
 

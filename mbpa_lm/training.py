@@ -43,6 +43,7 @@ from mbpa_lm.optimization import (
     unpack_optimizer,
 )
 from mbpa_lm.progress import ProgressBar, console, token_progress
+from mbpa_lm.sampled_softmax import inclusion_probabilities, sampled_cross_entropy
 from mbpa_lm.tracking import RunLog
 
 
@@ -109,6 +110,9 @@ class _Run:
         self.batches = SequenceBatches(streams["train"].tokens, training.batch_size, training.sequence_length)
         self.validation = validation_batches(streams["valid"], training)
         self.optimizer = build_optimizer(model, training)
+        self.inclusion: Tensor | None = None
+        if training.sampled_words:
+            self.inclusion = inclusion_probabilities(self.token_counts, training.sampled_words).to(self.device)
         self.state: State | None = None
         self.position = Position(precision=_precision(training, self.device))
         if checkpoint:
@@ -183,9 +187,7 @@ class _Run:
         state = self.state if self.model.carries_state_in_training else None
         with self._autocast():
             output = self.model(torch.from_numpy(inputs).to(self.device), state)
-            logits = self.model.output_layer().logits(output.hidden_states)
-        # Outside autocast the loss reads bfloat16 logits and sums in float32, with no float32 copy of (tokens x V).
-        losses = cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).to(self.device).flatten(), reduction="none")
+            losses = self._losses(output.hidden_states.flatten(0, 1), torch.from_numpy(targets).to(self.device).flatten())
         loss = losses.float().mean()
         self.optimizer.zero_grad(set_to_none=True)
         (loss + output.penalty).backward()
@@ -194,6 +196,15 @@ class _Run:
         self.optimizer.step()
         self.state = output.state
         return float(loss.detach())
+
+    def _losses(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        layer = self.model.output_layer()
+        if self.inclusion is not None:
+            return sampled_cross_entropy(layer, hidden_states, targets, self.inclusion)
+        logits = layer.logits(hidden_states)
+        # Outside autocast the loss reads bfloat16 logits and sums in float32, with no float32 copy of (tokens x V).
+        with torch.autocast(self.device.type, enabled=False):
+            return cross_entropy(logits, targets, reduction="none")
 
     def _validate(self) -> dict[str, float]:
         position, training, started = self.position, self.config.training, time.perf_counter()
