@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mbpa_lm.config import Config, ModelConfig
 from mbpa_lm.data.tokenizers import Tokenizer, load_tokenizer
-from mbpa_lm.errors import CheckpointError, ConfigError
+from mbpa_lm.errors import CheckpointError, ConfigError, reason
 from mbpa_lm.models.build import Model, build_model
 
 FORMAT = 1
@@ -146,8 +146,7 @@ def load_checkpoint(path: Path, which: str = "best", with_position: bool = False
             folder, model, tokenizer, counts, manifest["corpus"], manifest["files"]["model.safetensors"], position
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"checkpoint {folder} is damaged or incomplete: {reason}; use another checkpoint") from None
+        raise CheckpointError(f"checkpoint {folder} is damaged or incomplete: {reason(error)}; use another checkpoint") from None
 
 
 def find_checkpoint(path: Path, which: str = "best") -> Path:
@@ -229,9 +228,8 @@ def _report_failure(target: Path, previous: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
         kept = f"; the previous checkpoint {previous} is untouched, free some space and go on with --resume"
-        raise CheckpointError(f"could not save {target}: {reason}{kept if previous else ''}") from None
+        raise CheckpointError(f"could not save {target}: {reason(error)}{kept if previous else ''}") from None
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -25,7 +25,7 @@ def train(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    parser = _parser("train.py", "Train a language model.")
+    parser = make_parser("train.py", "Train a language model.")
     parser.add_argument("--resume", action="store_true", help="Go on with the run in run.folder.")
     config, options = parse(parser, arguments)
     _prepare_machine(config)
@@ -41,7 +41,7 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
-    parser = _parser("evaluate.py", "Score a held-out text with a trained model, with and without its memory.")
+    parser = make_parser("evaluate.py", "Score a held-out text with a trained model, with and without its memory.")
     parser.add_argument("--checkpoint", type=str, help="Run folder or checkpoint folder that train.py wrote (required).")
     config, options = parse(parser, arguments)
     if not options["checkpoint"]:
@@ -75,7 +75,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dic
     return config, {name: getattr(made, name) for name in others if hasattr(made, name)}
 
 
-def _parser(program: str, description: str) -> ArgumentParser:
+def make_parser(program: str, description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of values; what follows on the command line wins.")
@@ -123,7 +123,7 @@ def _check_key(key: str, valid: set[str], where: str) -> None:
         return
     nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.4)
     same_name = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]
-    suggestion = (same_name or nearest or [None])[0]
+    suggestion = next(iter(same_name + nearest), None)
     hint = f"; did you mean {suggestion}?" if suggestion else "; --help lists the valid ones"
     raise ConfigError(f"{where}{key} does not exist{hint}")
 

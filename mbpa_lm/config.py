@@ -274,3 +274,12 @@ class Config:
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.kind == "transformer":
+            _require(
+                "training.sequence_length",
+                self.training.sequence_length,
+                self.training.sequence_length >= self.model.context_length,
+                f"at least model.context_length ({self.model.context_length}), or later positions are never trained",
+            )

@@ -10,6 +10,13 @@ class MbpaError(Exception):
     exit_code = 1
 
 
+def reason(error: Exception) -> str:
+    """Return the one line of another library's error that says what happened."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 class ConfigError(MbpaError):
     """A configuration that cannot be run: an unknown key, a wrong type, an impossible value."""
 
@@ -26,6 +33,12 @@ class CheckpointError(MbpaError):
     """A checkpoint that is missing, damaged, cannot be written, or belongs to something else."""
 
     exit_code = 4
+
+
+class RunFolderError(MbpaError):
+    """A run folder that cannot be written: no right to, or no space."""
+
+    exit_code = 6
 
 
 class AdaptationError(MbpaError):

@@ -1,6 +1,7 @@
 """Evaluation: a checkpoint and a held-out text in, metrics.json and a table out."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.mbpa import MbpaExpert
 from mbpa_lm.machine import code_commit, describe_machine, peak_memory_bytes, pick_device
 from mbpa_lm.memory.window import WindowMemory
-from mbpa_lm.metrics import Targets, summarize
+from mbpa_lm.metrics import Targets, perplexity, summarize
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.report import print_tables, write_results
 from mbpa_lm.scoring import StreamScores, score_stream
@@ -78,11 +79,13 @@ def _open_stream(config: Config, checkpoint: Checkpoint) -> TokenStream:
 
 def _show(progress: ProgressBar) -> Callable[[int, StreamScores], None]:
     done = 0
+    totals: dict[str, float] = defaultdict(float)
 
     def show(scored: int, scores: StreamScores) -> None:
         nonlocal done
-        means = {name: float(np.mean(losses[:scored], dtype=np.float64)) for name, losses in scores.losses.items()}
-        progress.advance(scored - done, ", ".join(f"{name} {np.exp(mean):.1f}" for name, mean in means.items()))
+        for name, losses in scores.losses.items():
+            totals[name] += float(losses[done:scored].sum(dtype=np.float64))
+        progress.advance(scored - done, ", ".join(f"{name} {perplexity(sum_ / scored):.1f}" for name, sum_ in totals.items()))
         done = scored
 
     return show

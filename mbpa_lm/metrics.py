@@ -61,7 +61,7 @@ def summarize(losses: np.ndarray, targets: Targets) -> dict[str, Any]:
         "bits_per_token": bits / len(losses),
         "bits_per_word": bits / max(targets.words, 1),
         "bits_per_character": bits / max(targets.characters, 1),
-        "perplexity_per_word": _perplexity(total / max(targets.words, 1)),
+        "perplexity_per_word": perplexity(total / max(targets.words, 1)),
         "by_training_frequency": _by_bounds(losses, targets.training_counts, FREQUENCY_BOUNDS),
         "by_recurrence": {
             "first time in the stream": _group(losses[~targets.occurred_before]),
@@ -77,10 +77,11 @@ def _group(losses: np.ndarray) -> dict[str, Any]:
     if len(losses) == 0:
         return {"tokens": 0, "nats_per_token": None, "perplexity": None}
     mean = float(losses.mean(dtype=np.float64))
-    return {"tokens": len(losses), "nats_per_token": mean, "perplexity": _perplexity(mean)}
+    return {"tokens": len(losses), "nats_per_token": mean, "perplexity": perplexity(mean)}
 
 
-def _perplexity(mean: float) -> float:
+def perplexity(mean: float) -> float:
+    """Return exp of a mean loss in nats."""
     return math.exp(min(mean, 700.0))  # beyond that a float overflows; such a model predicts nothing anyway
 
 

@@ -49,9 +49,7 @@ class ProgressBar:
         text = f"{share} {self._unit}, {self._done / seconds:,.0f}/s"
         return f"{text}, {self._note}" if self._note else text
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mbpa_lm.errors import MbpaError
-from mbpa_lm.scoring import StreamScores
+from mbpa_lm.errors import RunFolderError, reason
 from mbpa_lm.progress import console
+from mbpa_lm.scoring import StreamScores
 
 METRICS_FILE = "metrics.json"
 LOSSES_FILE = "losses.safetensors"
@@ -29,8 +30,10 @@ def write_results(folder: Path, metrics: Mapping[str, Any], scores: StreamScores
         temporary = folder / f".{METRICS_FILE}"
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
         os.replace(temporary, path)
-    except OSError as error:
-        raise MbpaError(f"results could not be written to {folder}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        for temporary in (folder / f".{LOSSES_FILE}", folder / f".{METRICS_FILE}"):
+            temporary.unlink(missing_ok=True)
+        raise RunFolderError(f"results could not be written to {folder}: {reason(error)}; earlier ones are untouched") from None
     return path
 
 

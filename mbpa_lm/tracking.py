@@ -3,10 +3,14 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from mbpa_lm.errors import RunFolderError, reason
+from mbpa_lm.progress import console
 
 LOG_FILE = "log.jsonl"
 
@@ -18,8 +22,12 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, mode: str, project: str, job: str, config: Mapping[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / LOG_FILE).open("a", encoding="utf-8")
+        self._path = folder / LOG_FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunFolderError(f"run.folder {folder} cannot be written: {reason(error)}; name another folder") from None
         self._wandb: Any = None
         mode = _resolve(mode)
         if mode != "disabled":
@@ -27,27 +35,36 @@ class RunLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one record of plain values; `step` in it orders the curves on Weights & Biases."""
-        self._file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
-        self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({key: value for key, value in record.items() if key != "step"}, step=record.get("step"))
+        try:
+            self._file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunFolderError(f"{self._path} cannot be written: {reason(error)}; what was saved before is whole") from None
+        values = {key: value for key, value in record.items() if key != "step"}
+        self._send(lambda run: run.log(values, step=record.get("step")))
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Set the final numbers of the run on Weights & Biases."""
-        if self._wandb is not None:
-            self._wandb.summary.update(dict(values))
+        self._send(lambda run: run.summary.update(dict(values)))
 
     def close(self) -> None:
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+        with suppress(OSError):  # a full disk; `write` has already said so
+            self._file.close()
+        self._send(lambda run: run.finish(quiet=True))
+
+    def _send(self, message: Callable[[Any], object]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            message(self._wandb)
+        except Exception as error:  # whatever goes wrong in a tracker, the run goes on and the local log is whole
+            self._wandb = None
+            _report_tracker(error, self._path)
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
 
@@ -77,5 +94,9 @@ def _start_wandb(folder: Path, mode: str, project: str, job: str, config: Mappin
             settings=wandb.Settings(silent=True, console="off"),
         )
     except Exception as error:  # whatever goes wrong in a tracker, the run goes on and the local log is whole
-        print(f"Weights & Biases is not available ({str(error).splitlines()[0]}); numbers go to {folder / LOG_FILE} only")
+        _report_tracker(error, folder / LOG_FILE)
         return None
+
+
+def _report_tracker(error: Exception, log: Path) -> None:
+    console.print(f"Weights & Biases is not available ({reason(error)}); numbers go to {log} only")

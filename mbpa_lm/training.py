@@ -293,7 +293,7 @@ def validation_loss(model: Model, batches: SequenceBatches, device: torch.device
 
 def _checkpoint_to_resume(run_folder: Path, config: Config, corpus: Corpus) -> Checkpoint | None:
     if not has_checkpoint(run_folder):
-        console.print(f"nothing to resume in {run_folder}; starting from the beginning")
+        console.print(f"no checkpoint in {run_folder} yet: training from the beginning")
         return None
     folder = find_checkpoint(run_folder, "last")
     check_same_settings(folder, config)

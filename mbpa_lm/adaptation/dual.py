@@ -37,7 +37,7 @@ def solve(
     if rule.optimizer != "sgd":
         raise AdaptationError(f"the dual solver takes sgd only, not {rule.optimizer}; use adaptation.solver reference")
     turn = max(1, NUMBERS_AT_ONCE // (keys_BKd.shape[1] * weight_Vd.shape[0]))
-    turns = zip(*(tensor.split(turn) for tensor in (keys_BKd, values_BK, weights_BK, queries_Bd)), strict=True)
+    turns = zip(keys_BKd.split(turn), values_BK.split(turn), weights_BK.split(turn), queries_Bd.split(turn), strict=True)
     return torch.cat([_solve_some(weight_Vd, bias_V, *some, rule) for some in turns])
 
 

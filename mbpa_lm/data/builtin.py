@@ -82,15 +82,13 @@ def _topic_documents(library: Path) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    yield f"topic:{key.value}", "\n".join(_tokenized_lines(value.value)) + "\n"
+                    yield f"topic:{key.value!s}", "\n".join(_tokenized_lines(value.value)) + "\n"
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:
     """Docstrings of the module, its classes and functions, in the order of the source."""
     nodes = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         docstring = ast.get_docstring(node)

@@ -63,13 +63,22 @@ def split_documents(pieces: Iterator[Piece], pattern: str | None) -> Iterator[Pi
     if pattern is None:
         yield from pieces
         return
-    title = re.compile(rf"^(?:{pattern})$", re.MULTILINE)
+    title = re.compile(pattern)
     only_space_so_far = True
     for text, starts_document in pieces:
-        starts = [match.start() for match in title.finditer(text)]
+        starts = _line_starts(text, title)
         if only_space_so_far and starts and not text[: starts[0]].strip():
             starts = starts[1:]
         only_space_so_far = only_space_so_far and not text.strip()
         bounds = [0, *(start for start in starts if start > 0), len(text)]
         for index, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
             yield Piece(text[begin:end], starts_document if index == 0 and 0 not in starts else True)
+
+
+def _line_starts(text: str, title: re.Pattern[str]) -> list[int]:
+    starts, offset = [], 0
+    for line in text.split("\n"):
+        if title.fullmatch(line):
+            starts.append(offset)
+        offset += len(line) + 1
+    return starts

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mbpa_lm.data.corpora import Piece, split_documents
-from mbpa_lm.errors import DataError
+from mbpa_lm.errors import DataError, reason
 
 ROWS_A_PIECE = 4096
 
@@ -58,9 +58,8 @@ class HubCorpus:
                     source.repository, source.configuration, revision=source.revision, split=HUB_SPLITS[split]
                 )
             except Exception as error:  # the hub's client raises many kinds; all mean that the text is not here
-                reason = str(error).strip().split("\n")[0]
-                raise DataError(
-                    f"{self.name} could not be loaded from the hub ({reason}); with no network, set data.path to a "
+                    raise DataError(
+                    f"{self.name} could not be loaded from the hub ({reason(error)}); with no network, set data.path to a "
                     f"folder with train.txt, valid.txt and test.txt"
                 ) from None
         return self._loaded[split]

@@ -1,6 +1,7 @@
 """Local text: a folder with train.txt, valid.txt and test.txt, one text file, or a folder of text files."""
 
 import hashlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,10 +89,7 @@ class HeldOutText:
         bounds = [0, *cuts, size]
         if any(begin >= end for begin, end in zip(bounds, bounds[1:], strict=False)):
             raise DataError(f"{self._path} has too few lines to hold out validation and test text; give a longer text")
-        return {
-            split: [(self._path, begin, end)]
-            for split, begin, end in zip(SPLITS, bounds, bounds[1:], strict=False)
-        }
+        return {split: [(self._path, begin, end)] for split, begin, end in zip(SPLITS, bounds, bounds[1:], strict=False)}
 
 
 class WholeText:
@@ -139,6 +137,8 @@ def read_pieces(path: Path, begin: int, end: int) -> Iterator[Piece]:
     if end - begin == 0:
         raise DataError(f"{path} is empty; there is nothing to read")
     with path.open("rb") as file:
+        if begin == 0 and file.read(len(BOM_UTF8)) == BOM_UTF8:
+            begin = len(BOM_UTF8)
         file.seek(begin)
         offset, left, rest, starts_document = begin, end - begin, b"", True
         while left or rest:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mbpa_lm.config import TokenizerConfig
 from mbpa_lm.data.corpora import Piece
-from mbpa_lm.errors import CheckpointError, ConfigError, DataError
+from mbpa_lm.errors import CheckpointError, ConfigError, DataError, reason
 
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
@@ -136,8 +136,7 @@ class SentencePieceTokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            reason = str(error).strip().split("\n")[-1]
-            raise DataError(f"SentencePiece cannot make {size} tokens of this text: {reason}") from None
+            raise DataError(f"SentencePiece cannot make {size} tokens of this text: {reason(error)}") from None
         return cls(model.getvalue())
 
     def encode(self, text: str) -> Encoded:
@@ -145,9 +144,9 @@ class SentencePieceTokenizer:
         ends: list[int] = []
         offset = 0
         for line in text.split("\n")[:-1]:  # pieces are whole lines
-            for piece in self._processor.encode(line, out_type="immutable_proto").pieces:
-                ids.append(piece.id)
-                ends.append(offset + piece.end)
+            pieces = self._processor.encode(line, out_type="offset_mapping")
+            ids += pieces["ids"]
+            ends += [offset + end for _, end in pieces["offsets"]]
             offset += len(line) + 1
             ids.append(self._processor.eos_id())
             ends.append(offset)
@@ -185,8 +184,7 @@ class HuggingFaceTokenizer:
         try:
             return cls(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ConfigError(f"tokenizer.name {name!r} could not be loaded: {reason}") from None
+            raise ConfigError(f"tokenizer.name {name!r} could not be loaded: {reason(error)}") from None
 
     def encode(self, text: str) -> Encoded:
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -237,7 +235,8 @@ def words_up_to(text: str, ends: np.ndarray) -> np.ndarray:
     """
     space, newline = _space_and_newline(text)
     starts = ~space & np.concatenate(([True], space[:-1]))
-    return np.concatenate(([0], np.cumsum(starts | newline)))[ends]
+    begun: np.ndarray = np.concatenate(([0], np.cumsum(starts | newline)))
+    return begun[ends]
 
 
 def _words(text: str) -> list[str]:

@@ -77,8 +77,8 @@ class LSTMLanguageModel(nn.Module):
         if not self.training or drop == 0:
             output, (h, c) = layer(hidden, state)
             return output, (h, c)
-        recurrent = nn.functional.dropout(layer.weight_hh_l0, drop)
-        weights = [layer.weight_ih_l0, recurrent, layer.bias_ih_l0, layer.bias_hh_l0]
+        weight_ih, weight_hh, bias_ih, bias_hh = layer.all_weights[0]
+        weights = [weight_ih, nn.functional.dropout(weight_hh, drop), bias_ih, bias_hh]
         if state is None:
             zeros = hidden.new_zeros(1, hidden.shape[1], layer.hidden_size)
             state = (zeros, zeros)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mbpa_lm.config import ModelConfig
-from mbpa_lm.errors import ConfigError
+from mbpa_lm.errors import ConfigError, reason
 from mbpa_lm.models.base import ModelOutput, OutputLayer
 
 
@@ -35,8 +35,7 @@ class TransformerLanguageModel(nn.Module):
             settings = AutoConfig.for_model(config.architecture, vocab_size=vocabulary_size, **config.settings)
             self.causal_lm = AutoModelForCausalLM.from_config(settings)
         except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ConfigError(f"model.architecture {config.architecture!r} with model.settings: {reason}") from None
+            raise ConfigError(f"model.architecture {config.architecture!r} with model.settings: {reason(error)}") from None
         longest = getattr(self.causal_lm.config, "max_position_embeddings", None)
         if longest is not None and longest < config.context_length:
             raise ConfigError(
@@ -46,7 +45,21 @@ class TransformerLanguageModel(nn.Module):
         self._context_length = config.context_length
         self._context_overlap = config.context_overlap
         self.vocabulary_size = vocabulary_size
+        self._check_head(config.architecture)
         self.hidden_size = int(self.output_layer().weight.shape[1])
+
+    @torch.no_grad()
+    def _check_head(self, architecture: str) -> None:
+        """Refuse a model whose logits are not those of its output layer: scaled, capped, or computed elsewhere."""
+        tokens = torch.full((1, 2), self.vocabulary_size - 1)  # a first id may be padding, whose vector is zero
+        self.causal_lm.eval()
+        logits = self.causal_lm(input_ids=tokens, use_cache=False).logits
+        hidden_states = self.causal_lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        self.causal_lm.train()
+        if not torch.allclose(logits, self.output_layer().logits(hidden_states), rtol=1e-3, atol=1e-5):
+            raise ConfigError(
+                f"model.architecture {architecture!r} does more to its logits than a linear layer; only that can be adapted"
+            )
 
     def output_layer(self) -> OutputLayer:
         layer = self.causal_lm.get_output_embeddings()
@@ -77,5 +90,5 @@ class TransformerLanguageModel(nn.Module):
         return self._read(empty, state.tokens[:, -self._context_overlap :])[1]
 
     def _read(self, state: BlockState, tokens: Tensor) -> tuple[Tensor, BlockState]:
-        output = self.causal_lm.base_model(input_ids=tokens, past_key_values=state.cache, use_cache=True)
-        return output.last_hidden_state, BlockState(torch.cat([state.tokens, tokens], dim=1), output.past_key_values)
+        output = self.causal_lm.base_model(input_ids=tokens, cache=state.cache, use_cache=True)
+        return output.last_hidden_state, BlockState(torch.cat([state.tokens, tokens], dim=1), state.cache)

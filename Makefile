@@ -1,0 +1,35 @@
+# make demo    train a small LSTM on Python's own documentation and show what a memory gives it
+# make test    the test suite
+# make lint    style and types
+# make setup   the environment alone (.venv); the others call it
+
+PYTHON ?= python3
+REQUIREMENTS ?= requirements.txt
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint setup clean
+
+demo: setup
+	$(BIN)/python train.py --config configs/demo.yaml --resume
+	$(BIN)/python evaluate.py --config configs/demo.yaml --checkpoint runs/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(INSTALLED)
+
+$(INSTALLED): $(REQUIREMENTS) requirements-common.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "error: $(PYTHON) is Python %d.%d; name one of 3.11 to 3.13: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r $(REQUIREMENTS)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,137 @@
+"""The paper's method against cases worked by hand, and every solver against the reference."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mbpa_lm.adaptation import dual, reference
+from mbpa_lm.adaptation.kernels import inverse_distance, neighbour_weights
+from mbpa_lm.adaptation.rule import AdaptationRule
+from mbpa_lm.errors import AdaptationError
+
+SOLVERS = {"reference": reference.solve, "dual": dual.solve}
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def two_words_two_memories(solver: str, rule: AdaptationRule) -> float:
+    """Probability of word 0 at q = 1, with W = 0, b = 0 and memories (1, word 0) and (-1, word 1).
+
+    With epsilon 1 the kernel is 1 and 1/5, so the weights are 5/6 and 1/6. Both memories predict 1/2. The gradient of word 0 is
+    W: 5/6 (1/2 - 1) 1 + 1/6 (1/2 - 0)(-1) = -1/2;  b: 5/6 (1/2 - 1) + 1/6 (1/2 - 0) = -1/3;  word 1 has the opposite.
+    """
+    double = {"dtype": torch.float64}
+    query, keys = torch.tensor([[1.0]], **double), torch.tensor([[[1.0], [-1.0]]], **double)
+    weights = neighbour_weights(inverse_distance(1.0)((keys - query[:, None]).square().sum(-1)))
+    torch.testing.assert_close(weights, torch.tensor([[5 / 6, 1 / 6]], **double))
+    layer = torch.zeros(2, 1, **double), torch.zeros(2, **double)
+    log_probabilities = SOLVERS[solver](*layer, keys, torch.tensor([[0, 1]]), weights, query, rule)
+    return math.exp(log_probabilities[0, 0])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_step_by_hand(solver: str) -> None:
+    # W = (0.3, -0.3), b = (0.2, -0.2): the logits at q = 1 are 0.5 and -0.5.
+    assert two_words_two_memories(solver, AdaptationRule(1, 0.6)) == pytest.approx(sigmoid(1.0), abs=1e-12)
+    assert two_words_two_memories(solver, AdaptationRule(1, 0.6, adapt_bias=False)) == pytest.approx(sigmoid(0.6), abs=1e-12)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_two_steps_with_a_pull_back_by_hand(solver: str) -> None:
+    # After step one word 0 has W = 0.3, b = 0.2 and word 1 the opposite: logits +-0.5 at key 1, -+0.1 at key -1.
+    first, second = sigmoid(1.0), sigmoid(-0.2)
+    gradient_w = 5 / 6 * (first - 1) - 1 / 6 * second + 0.5 * 0.3
+    gradient_b = 5 / 6 * (first - 1) + 1 / 6 * second + 0.5 * 0.2
+    w, b = 0.3 - 0.6 * gradient_w, 0.2 - 0.6 * gradient_b
+    expected = sigmoid(2 * (w + b))
+    assert two_words_two_memories(solver, AdaptationRule(2, 0.6, beta=0.5)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_rmsprop_by_hand() -> None:
+    # The first step divides by sqrt(0.01 g^2): each parameter moves 10 alpha against its gradient's sign, whatever its size.
+    probability = two_words_two_memories("reference", AdaptationRule(1, 0.05, optimizer="rmsprop"))
+    assert probability == pytest.approx(sigmoid(2.0), abs=1e-6)
+
+
+def random_problem(
+    B: int, K: int, V: int, d: int, seed: int, bias: bool = True, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor | None, ...]:
+    """A layer, neighbours with duplicate keys and values, some of no weight, and queries."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(B, K, d, generator=generator, dtype=dtype)
+    keys[:, K // 2] = keys[:, 0]
+    values = torch.randint(0, min(V, 3), (B, K), generator=generator)
+    weights = torch.rand(B, K, generator=generator, dtype=dtype)
+    weights[:, K - 1 :] = 0 if K > 1 else 1
+    weights = weights / weights.sum(1, keepdim=True)
+    layer = torch.randn(V, d, generator=generator, dtype=dtype)
+    return (
+        layer,
+        torch.randn(V, generator=generator, dtype=dtype) if bias else None,
+        keys,
+        values,
+        weights,
+        torch.randn(B, d, generator=generator, dtype=dtype),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    *(st.integers(1, 5), st.integers(1, 9), st.integers(1, 12), st.integers(1, 6), st.integers(0, 9)),
+    *(st.integers(0, 50), st.floats(0.0, 0.5), st.floats(0.0, 1.0), st.booleans(), st.booleans()),
+)
+def test_dual_is_the_reference(
+    B: int, K: int, V: int, d: int, seed: int, steps: int, alpha: float, beta: float, bias: bool, adapt_bias: bool
+) -> None:
+    problem = random_problem(B, K, V, d, seed, bias)
+    rule = AdaptationRule(steps, alpha, beta, adapt_bias=adapt_bias)
+    torch.testing.assert_close(dual.solve(*problem, rule), reference.solve(*problem, rule), atol=1e-10, rtol=0)
+
+
+def test_dual_is_the_reference_in_single_precision_and_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, rule = random_problem(7, 8, 40, 16, 0, dtype=torch.float32), AdaptationRule(10, 0.1, 0.1)
+    expected = reference.solve(*problem, rule)
+    torch.testing.assert_close(dual.solve(*problem, rule), expected, atol=1e-4, rtol=0)
+    monkeypatch.setattr(dual, "NUMBERS_AT_ONCE", 2 * 8 * 40)
+    torch.testing.assert_close(dual.solve(*problem, rule), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_distributions_sum_to_one_and_the_layer_is_left_alone(solver: str) -> None:
+    problem = random_problem(4, 6, 11, 5, 1)
+    before = [tensor.clone() for tensor in problem if tensor is not None]
+    adapted = SOLVERS[solver](*problem, AdaptationRule(5, 0.3))
+    torch.testing.assert_close(adapted.exp().sum(-1), torch.ones(4, dtype=torch.float64))
+    assert all(torch.equal(tensor, kept) for tensor, kept in zip(problem, before, strict=True))
+    assert not adapted.requires_grad
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("rule", [AdaptationRule(0, 0.3), AdaptationRule(3, 0.0), AdaptationRule(0, 0.0, 1.0)])
+def test_no_step_is_the_base_model(solver: str, rule: AdaptationRule) -> None:
+    weight, bias, keys, values, weights, queries = problem = random_problem(4, 6, 11, 5, 1)
+    expected = torch.log_softmax(torch.nn.functional.linear(queries, weight, bias), -1)
+    torch.testing.assert_close(SOLVERS[solver](*problem, rule), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_step_raises_the_neighbours_words(solver: str) -> None:
+    problem = random_problem(4, 1, 11, 5, 1)
+    weight, bias, keys, values, weights, _ = problem
+    queries = keys[:, 0]
+    base = torch.log_softmax(torch.nn.functional.linear(queries, weight, bias), -1)
+    adapted = SOLVERS[solver](weight, bias, keys, values, weights, queries, AdaptationRule(1, 0.1))
+    assert (adapted.gather(1, values) > base.gather(1, values)).all()
+
+
+def test_an_optimizer_that_a_solver_does_not_offer_is_named() -> None:
+    problem = random_problem(1, 2, 3, 2, 0)
+    with pytest.raises(AdaptationError, match="takes sgd only, not rmsprop"):
+        dual.solve(*problem, AdaptationRule(1, 0.1, optimizer="rmsprop"))
+    with pytest.raises(AdaptationError, match="'newton' is none of sgd, rmsprop"):
+        reference.solve(*problem, AdaptationRule(1, 0.1, optimizer="newton"))

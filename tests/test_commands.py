@@ -1,0 +1,182 @@
+"""The command line as an interface: help that explains, and mistakes answered in one line before any work."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mbpa_lm import commands
+from mbpa_lm.config import Config
+from tests.conftest import parsed, write_corpus
+
+Options = Callable[..., list[str]]
+ROOT = Path(__file__).parents[1]
+
+
+def test_help_explains_every_value_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        commands.train(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for section in fields(Config):
+        for value in fields(section.type):
+            name = f"--{section.name}.{value.name}"
+            assert name in shown
+            after = shown[shown.index(f"{name} ") + len(name) :].split(" --")[0]
+            assert "default:" in after, name
+            assert len(after.split("(")[0]) > 20, f"{name} is not explained"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_file_is_valid(path: Path) -> None:
+    parsed(["--config", str(path)])
+    assert path.read_text().startswith("#"), "a configuration says first what it is"
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model:\n  hidden_size: 64\n  layers: 3\n")
+    config = parsed(["--config", str(tmp_path / "c.yaml"), "--model.hidden_size", "650"])
+    assert (config.model.hidden_size, config.model.layers) == (650, 3)
+
+
+MISTAKES = [
+    (["--model.hiden_size", "3"], "option --model.hiden_size does not exist; did you mean model.hidden_size?"),
+    (["--hidden_size", "3"], "option --hidden_size does not exist; did you mean model.hidden_size?"),
+    (["--zzzzz=1"], "option --zzzzz does not exist; --help lists the valid ones"),
+    (["--model.hidden_size", "big"], "model.hidden_size"),
+    (["--model.hidden_size", "2.5"], "model.hidden_size"),
+    (["--model.hidden_size", "0"], "model.hidden_size is 0; it must be greater than 0"),
+    (["--model.dropout", "1.5"], "model.dropout is 1.5; it must be at least 0 and less than 1"),
+    (["--model.kind", "rnn"], "model.kind"),
+    (["--training.optimizer", "adam"], "training.optimizer"),
+    (["--training.learning_rate", "-1"], "training.learning_rate is -1.0; it must be greater than 0"),
+    (["--memory.neighbours", "0"], "memory.neighbours is 0; it must be greater than 0"),
+    (["--adaptation.optimizer", "rmsprop"], "adaptation.solver is 'dual'; it must be reference with rmsprop"),
+    (["--model.context_overlap", "256"], "model.context_overlap is 256; it must be less than model.context_length (256)"),
+    (["--model.kind", "transformer"], "training.sequence_length is 50; it must be at least model.context_length (256)"),
+    (["--data.corpus", "text"], "data.path is None; it must be a text file or a folder when data.corpus is text"),
+    (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read: No such file or directory"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+def test_a_mistake_is_refused_in_one_line_before_any_work(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert commands.train(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model:\n  hidden_sizes: 3\n", "c.yaml: model.hidden_sizes does not exist; did you mean model.hidden_size?"),
+        ("modle:\n  layers: 3\n", "does not exist; did you mean"),
+        ("hidden_size: 3\n", "c.yaml: hidden_size does not exist; did you mean model.hidden_size?"),
+        ("model: [1\n", "c.yaml is not valid YAML"),
+        ("- 1\n", "c.yaml holds no sections; see configs/ for examples"),
+        ("model:\n  layers: many\n", "model.layers"),
+        ("model: !!python/object/apply:os.system ['touch executed']\n", "c.yaml is not valid YAML"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file_and_the_key(
+    content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(content)
+    assert commands.train(["--config", "c.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def damage_corpus(folder: Path, damage: str) -> None:
+    if damage == "empty file":
+        (folder / "train.txt").write_text("")
+    elif damage == "missing split":
+        (folder / "valid.txt").unlink()
+    elif damage == "not UTF-8":
+        (folder / "train.txt").write_bytes("Füße\n".encode("latin1"))
+    elif damage == "too short":
+        (folder / "train.txt").write_text("a b c\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("empty file", "train.txt is empty; there is nothing to read"),
+        ("missing split", "has no valid.txt; a corpus folder holds train.txt, valid.txt and test.txt"),
+        ("not UTF-8", "train.txt is not UTF-8: byte 0xfc at offset 1; convert it first"),
+        ("too short", "the text has 4 tokens, but training.batch_size 4 and training.sequence_length 10 need at least 51"),
+    ],
+)
+def test_bad_text_is_refused_in_one_line_and_leaves_no_files(
+    options: Options, damage: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage_corpus(write_corpus(tmp_path / "text"), damage)
+    run, tokens = tmp_path / "run", tmp_path / "tokens"
+    arguments = options(run, "--data.path", str(tmp_path / "text"), "--data.token_folder", str(tokens))
+    assert commands.train(arguments) == 3
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not run.exists()
+    assert not [path for path in tokens.rglob("*") if path.name.startswith(".")] if tokens.exists() else True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "--checkpoint is missing; name the run folder that train.py wrote"),
+        (["--checkpoint", "nowhere"], 4, "nowhere holds no checkpoint; give a run folder"),
+        (["--checkpoint", "TRAINED", "--model.layers", "2"], 4, "another model: model.layers is 1 there and 2 in the configuration"),
+        (["--checkpoint", "TRAINED", "--tokenizer.min_count", "3"], 4, "another tokenizer: tokenizer.min_count is 1 there and 3"),
+        (["--checkpoint", "TRAINED", "--data.corpus", "builtin"], 4, "was trained on another text"),
+        (["--checkpoint", "TRAINED", "--evaluation.text", "nowhere.txt"], 3, "nowhere.txt does not exist"),
+        (["--checkpoint", "TRAINED", "--adaptation.alpha", "-1"], 2, "adaptation.alpha is -1.0; it must be 0 or more"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_cannot_be_is_refused_in_one_line(
+    options: Options, trained_run: Path, tmp_path: Path, arguments: list[str], code: int, message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    arguments = [argument.replace("TRAINED", str(trained_run)) for argument in arguments]
+    assert commands.evaluate(options(tmp_path / "run", *arguments)) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_is_a_file_is_refused(
+    options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert commands.evaluate(options(tmp_path / "file", "--checkpoint", str(trained_run))) == 6
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_top_level_scripts_are_thin_and_start(tmp_path: Path) -> None:
+    for script in ("train.py", "evaluate.py"):
+        assert len((ROOT / script).read_text().splitlines()) < 10
+        process = subprocess.run(
+            [sys.executable, str(ROOT / script), "--model.hiden_size", "3"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert process.returncode == 2
+        assert process.stderr == "error: option --model.hiden_size does not exist; did you mean model.hidden_size?\n"
+
+
+def test_printed_configuration_is_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        commands.train(["--model.hidden_size", "123", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["hidden_size"] == 123

@@ -1,0 +1,108 @@
+"""evaluate.py from a checkpoint to metrics.json, on a small text."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mbpa_lm import commands
+
+Options = Callable[..., list[str]]
+
+
+def evaluate(options: Options, trained_run: Path, run: Path, *more: str) -> dict:
+    assert commands.evaluate(options(run, "--checkpoint", str(trained_run), *more)) == 0
+    return json.loads((run / "metrics.json").read_text())
+
+
+def test_metrics_say_all_of_it(
+    options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = evaluate(options, trained_run, tmp_path)
+    assert list(metrics["experts"]) == ["base", "mbpa"]
+    for values in metrics["experts"].values():
+        assert values["tokens"] == metrics["stream"]["scored"] == metrics["stream"]["tokens"] - 1
+        assert values["perplexity"] == pytest.approx(math.exp(values["nats_per_token"]))
+        assert values["bits_per_token"] == pytest.approx(math.log2(values["perplexity"]))
+        assert values["bits_per_word"] == pytest.approx(values["bits_per_token"])  # word level: a token is a word
+        assert 0 < values["bits_per_character"] < values["bits_per_token"]
+        assert values["seconds"] > 0
+        assert values["tokens_per_second"] > 0
+    assert metrics["stream"]["documents"] == 1
+    assert metrics["peak_memory_bytes"] > 10_000_000
+    assert {"command", "commit", "date", "machine", "config", "checkpoint"} <= set(metrics)
+    losses = load_file(tmp_path / "losses.safetensors")
+    for name, values in metrics["experts"].items():
+        assert float(np.mean(losses[name], dtype=np.float64)) == pytest.approx(values["nats_per_token"])
+    shown = capsys.readouterr().out
+    for text in ("perplexity", "bits/character", "base", "mbpa", "unseen", "seen before in the stream", "metrics.json"):
+        assert text in shown
+
+
+def test_a_run_gives_the_same_losses_again_and_in_any_chunks(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, chunk in (("a", "100"), ("b", "100"), ("c", "7")):
+        evaluate(options, trained_run, tmp_path / name, "--evaluation.chunk_length", chunk)
+        losses.append(load_file(tmp_path / name / "losses.safetensors"))
+    for expert in ("base", "mbpa"):
+        assert (losses[0][expert] == losses[1][expert]).all()
+        np.testing.assert_allclose(losses[0][expert], losses[2][expert], atol=1e-4)
+
+
+def test_documents_are_counted_where_a_pattern_marks_them(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    text = Path(options(tmp_path)[options(tmp_path).index("--data.path") + 1]) / "test.txt"
+    arguments = ["--evaluation.text", str(text), "--data.document_pattern", " = [^=]+ = "]
+    metrics = evaluate(options, trained_run, tmp_path, *arguments)
+    assert metrics["stream"]["documents"] == 8
+    assert metrics["experts"]["base"]["by_document_position"]["1-10"]["tokens"] == 8 * 10 - 1
+
+
+def test_a_memory_helps_on_text_that_repeats_itself(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("name1 word2 word3 name4 word5 word6 name7\n" * 60)
+    arguments = ["--evaluation.text", str(tmp_path / "text"), "--adaptation.steps", "5", "--adaptation.alpha", "0.5"]
+    metrics = evaluate(options, trained_run, tmp_path, *arguments)
+    assert metrics["experts"]["mbpa"]["perplexity"] < 0.5 * metrics["experts"]["base"]["perplexity"]
+
+
+def test_only_so_many_tokens_are_scored(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    assert evaluate(options, trained_run, tmp_path, "--evaluation.max_tokens", "50")["stream"]["scored"] == 50
+
+
+def test_results_that_cannot_be_written_leave_the_earlier_ones(
+    options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(options, trained_run, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "log.jsonl"}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mbpa_lm.report.json.dumps", full)
+    arguments = options(tmp_path, "--checkpoint", str(trained_run), "--evaluation.max_tokens", "50")
+    assert commands.evaluate(arguments) == 6
+    assert "results could not be written" in capsys.readouterr().err
+    monkeypatch.undo()
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "log.jsonl"}
+    assert after["metrics.json"] == before["metrics.json"]
+    assert not [name for name in after if name.startswith(".")]
+
+
+def test_weights_and_biases_gets_the_numbers_offline(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    evaluate(options, trained_run, tmp_path, "--tracking.mode", "offline")
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_a_tracker_that_fails_stops_nothing(
+    options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        def log(self, *_: object, **__: object) -> None:
+            raise ConnectionError("the tracker is away")
+
+    monkeypatch.setattr("wandb.init", lambda **_: Broken())
+    evaluate(options, trained_run, tmp_path, "--tracking.mode", "offline")
+    assert capsys.readouterr().out.count("Weights & Biases is not available (the tracker is away)") == 1

@@ -1,0 +1,35 @@
+"""What an installation promises."""
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def packages(file: str) -> dict[str, str]:
+    """Names and versions that `pip install -r` would take, included files followed."""
+    found: dict[str, str] = {}
+    for line in (ROOT / file).read_text().splitlines():
+        line = line.split("#")[0].strip()
+        if line.startswith("-r "):
+            found |= packages(line.removeprefix("-r "))
+        elif line:
+            name, version = line.split("==")
+            found[name.split("[")[0]] = version
+    return found
+
+
+def test_requirements_are_exact_and_never_hold_both_builds_of_faiss() -> None:
+    for file, faiss in (("requirements.txt", "faiss-cpu"), ("requirements-gpu.txt", "faiss-gpu-cu12")):
+        assert [name for name in packages(file) if name.startswith("faiss")] == [faiss]
+    assert packages("requirements.txt")["torch"] == "2.13.0"
+
+
+def test_requirements_cover_the_package_s_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for dependency in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+        name, lowest = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", dependency).groups()
+        pinned = packages("requirements.txt")[name]
+        assert [int(part) for part in pinned.split(".")[:2]] >= [int(part) for part in lowest.split(".")[:2]]
+    assert set(project["scripts"]) == {"mbpa-train", "mbpa-evaluate"}

@@ -1,0 +1,148 @@
+"""Training on a small text: it learns, and however it is interrupted it ends where an uninterrupted run ends."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mbpa_lm import commands, training
+from mbpa_lm.checkpoint import find_checkpoint, load_checkpoint
+from tests.conftest import GPT2
+
+Options = Callable[..., list[str]]
+
+RECIPES: dict[str, list[str]] = {
+    "lstm": ["--model.weight_dropout", "0.2", "--model.activation_penalty", "1.0"],
+    "sampled softmax": ["--training.sampled_words", "20"],
+    "asgd": ["--training.optimizer", "asgd", "--training.schedule", "constant", "--training.averaging_patience", "0",
+             "--training.learning_rate", "5.0", "--training.epochs", "4"],
+    "transformer": ["--model.kind", "transformer", "--model.context_length", "10", "--model.context_overlap", "4",
+                    "--model.settings", json.dumps({**GPT2, "resid_pdrop": 0.1})],
+}  # fmt: skip
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run, "last").model.state_dict()
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    first, second = last_weights(one), last_weights(two)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_learns(options: Options, tmp_path: Path, recipe: str) -> None:
+    assert commands.train(options(tmp_path / "run", *RECIPES[recipe], "--training.epochs", "4")) == 0
+    epochs = [record for record in records(tmp_path / "run") if "epoch" in record]
+    assert [record["epoch"] for record in epochs] == [1, 2, 3, 4]
+    assert epochs[-1]["valid/perplexity"] < epochs[0]["valid/perplexity"] < 110  # the vocabulary has about a hundred words
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    options: Options, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    arguments = [*RECIPES[recipe], "--training.save_steps", "7"]
+    assert commands.train(options(whole, *arguments)) == 0
+    original = training._Run._step
+    for stop_at in (31, 85):  # the first epoch has 60 steps
+
+        def interrupted(run: training._Run, *batch: object, stop_at: int = stop_at) -> float:
+            if run.position.step == stop_at:
+                raise KeyboardInterrupt
+            return original(run, *batch)
+
+        monkeypatch.setattr(training._Run, "_step", interrupted)
+        assert commands.train(options(broken, *arguments, "--resume")) == commands.INTERRUPTED
+        assert "interrupted; what was saved before is whole" in capsys.readouterr().err
+    monkeypatch.setattr(training._Run, "_step", original)
+    assert commands.train(options(broken, *arguments, "--resume")) == 0
+    assert_same_weights(whole, broken)
+    best = [find_checkpoint(run).name for run in (whole, broken)]
+    assert best[0] == best[1]
+
+
+def test_a_killed_run_goes_on(options: Options, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = ["--training.save_steps", "5", "--training.epochs", "6"]
+    assert commands.train(options(whole, *arguments)) == 0
+    command = [sys.executable, "train.py", *options(killed, *arguments)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert commands.train(options(killed, *arguments, "--resume")) == 0
+    assert_same_weights(whole, killed)
+
+
+def test_a_finished_run_stays_as_it_is(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(trained_run, tmp_path / "run")
+    before = last_weights(trained_run)
+    assert commands.train(options(tmp_path / "run", "--resume")) == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in last_weights(tmp_path / "run").items())
+
+
+def test_a_folder_with_a_run_is_not_overwritten(
+    options: Options, trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.train(options(trained_run)) == 2
+    assert f"run.folder {trained_run} already holds a run; add --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--training.learning_rate", "0.02"], "was trained with training.learning_rate 0.01, the configuration says 0.02"),
+        (["--model.hidden_size", "24"], "model.hidden_size is 16 there and 24 in the configuration"),
+        (["--tokenizer.min_count", "2"], "tokenizer.min_count is 1 there and 2 in the configuration"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(
+    options: Options, trained_run: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str
+) -> None:
+    assert commands.train(options(trained_run, "--resume", *change)) == 4
+    assert message in capsys.readouterr().err
+
+
+def test_training_stops_early_when_validation_stalls(options: Options, tmp_path: Path) -> None:
+    arguments = ["--training.epochs", "30", "--training.patience", "2", "--training.learning_rate", "0.1"]
+    assert commands.train(options(tmp_path / "run", *arguments)) == 0
+    losses = [record["valid/loss"] for record in records(tmp_path / "run") if "valid/loss" in record]
+    assert len(losses) < 30
+    assert losses.index(min(losses)) == len(losses) - 3
+
+
+def test_divergence_is_reported_and_the_last_checkpoint_kept(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = training._Run._step
+    monkeypatch.setattr(
+        training._Run, "_step", lambda run, *batch: math.nan if run.position.step == 70 else original(run, *batch)
+    )
+    assert commands.train(options(tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "training diverged at step 70: the loss is nan at learning rate" in error
+    assert load_checkpoint(tmp_path / "run").folder.name == "step-000060"
+
+
+def test_bfloat16_learns_too(options: Options, tmp_path: Path) -> None:
+    assert commands.train(options(tmp_path / "run", "--training.precision", "bfloat16")) == 0
+    assert records(tmp_path / "run")[-1]["valid/perplexity"] < 110
+    assert next(iter(last_weights(tmp_path / "run").values())).dtype == torch.float32
