@@ -1,6 +1,7 @@
 """The command lines: parse, call, report. What they do is in training.py and evaluation.py."""
 
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -32,7 +33,8 @@ def _train(arguments: Sequence[str]) -> None:
     from mbpa_lm.training import train
 
     result = train(config, options["resume"])
-    print(f"best checkpoint: {result.checkpoint}")
+    perplexity = math.exp(result.best_validation_loss)
+    print(f"best checkpoint: {result.checkpoint}, validation perplexity {perplexity:.2f}, {result.seconds / 60:.1f} min of training")
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +79,8 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dic
 
 def make_parser(program: str, description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    usage = "%(prog)s --config FILE [--section.name VALUE ...]"
+    parser = ArgumentParser(prog=program, description=description, usage=usage, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of values; what follows on the command line wins.")
     for section in fields(Config):
         parser.add_class_arguments(section.type, section.name)

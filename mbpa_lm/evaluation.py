@@ -123,5 +123,4 @@ def _log_metrics(log: RunLog, metrics: dict[str, Any]) -> None:
     curves = {name: values["along_stream"] for name, values in metrics["experts"].items()}
     for segment in range(len(curves["base"])):
         log.write({"step": segment, **{f"stream/{name}": parts[segment]["perplexity"] for name, parts in curves.items()}})
-    log.write(final)
     log.summarize(final)

@@ -35,22 +35,26 @@ class RunLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one record of plain values; `step` in it orders the curves on Weights & Biases."""
-        try:
-            self._file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise RunFolderError(f"{self._path} cannot be written: {reason(error)}; what was saved before is whole") from None
+        self._keep(record)
         values = {key: value for key, value in record.items() if key != "step"}
         self._send(lambda run: run.log(values, step=record.get("step")))
 
     def summarize(self, values: Mapping[str, Any]) -> None:
-        """Set the final numbers of the run on Weights & Biases."""
+        """Log the final numbers of the run, on Weights & Biases as its summary."""
+        self._keep(values)
         self._send(lambda run: run.summary.update(dict(values)))
 
     def close(self) -> None:
         with suppress(OSError):  # a full disk; `write` has already said so
             self._file.close()
         self._send(lambda run: run.finish(quiet=True))
+
+    def _keep(self, record: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunFolderError(f"{self._path} cannot be written: {reason(error)}; what was saved before is whole") from None
 
     def _send(self, message: Callable[[Any], object]) -> None:
         if self._wandb is None:

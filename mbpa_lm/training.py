@@ -142,7 +142,7 @@ class _Run:
             )
             self._save(is_best=gained)
         best = {"best/loss": position.best_loss, "best/perplexity": math.exp(position.best_loss)}
-        log.summarize(best | {"seconds": position.seconds})
+        log.summarize(best | {"steps": position.step, "seconds": position.seconds})
         return TrainingResult(find_checkpoint(self.folder), position.best_loss, position.step, position.seconds)
 
     def _train_epoch(self, epoch: int, log: RunLog) -> dict[str, Any]:

@@ -144,5 +144,5 @@ def test_divergence_is_reported_and_the_last_checkpoint_kept(
 
 def test_bfloat16_learns_too(options: Options, tmp_path: Path) -> None:
     assert commands.train(options(tmp_path / "run", "--training.precision", "bfloat16")) == 0
-    assert records(tmp_path / "run")[-1]["valid/perplexity"] < 110
+    assert records(tmp_path / "run")[-1]["best/perplexity"] < 110
     assert next(iter(last_weights(tmp_path / "run").values())).dtype == torch.float32
