@@ -5,8 +5,9 @@
 
 PYTHON ?= python3
 REQUIREMENTS ?= requirements.txt
+TORCH_INDEX ?=
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+INSTALLED := .venv/.installed-$(REQUIREMENTS)
 
 .PHONY: demo test lint setup clean
 
@@ -26,8 +27,8 @@ setup: $(INSTALLED)
 
 $(INSTALLED): $(REQUIREMENTS) requirements-common.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "error: $(PYTHON) is Python %d.%d; name one of 3.11 to 3.13: make PYTHON=python3.12 ..." % sys.version_info[:2])'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -r $(REQUIREMENTS)
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(REQUIREMENTS)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
 	@touch $@
 

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,8 @@ def anonymous_bytes() -> int:
     raise RuntimeError("this benchmark reads /proc, which only Linux has")
 
 
-def measure(method: Callable[[Path], int], folder: Path, results: "multiprocessing.Queue[dict[str, float]]") -> None:
-    """Run `method`, watching this process's memory, and put its tokens, seconds and bytes into `results`."""
+def measure(method: Callable[[Path], int], folder: Path) -> dict[str, float]:
+    """Run `method`, watching this process's memory, and return its tokens, seconds and bytes."""
     before = peak = anonymous_bytes()
     done = threading.Event()
 
@@ -91,7 +92,7 @@ def measure(method: Callable[[Path], int], folder: Path, results: "multiprocessi
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    results.put({"tokens": tokens, "seconds": seconds, "bytes": peak - before})
+    return {"tokens": tokens, "seconds": seconds, "bytes": peak - before}
 
 
 def main() -> None:
@@ -111,11 +112,8 @@ def main() -> None:
             for name, method in (("token file", token_file), ("whole file", whole_file)):
                 if method is whole_file and size > LARGEST_WHOLE_FILE:
                     continue
-                results: multiprocessing.Queue[dict[str, float]] = context.Queue()
-                process = context.Process(target=measure, args=(method, Path(folder), results))
-                process.start()
-                row = {"method": name, **results.get()}
-                process.join()
+                with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
+                    row = {"method": name, **process.submit(measure, method, Path(folder)).result()}
                 rows.append(row)
                 rate, memory = row["tokens"] / row["seconds"], row["bytes"] / 1e6
                 table.add_row(name, f"{row['tokens']:,}", f"{row['seconds']:.1f}", f"{rate:,.0f}", f"{memory:,.0f}")

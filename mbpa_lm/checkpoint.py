@@ -54,7 +54,7 @@ class Checkpoint:
     model: Model
     tokenizer: Tokenizer
     token_counts: Tensor  # (V,) int64: occurrences in the training text
-    corpus: dict[str, str]  # name, and fingerprint of the training text
+    corpus: dict[str, str]  # name, and the fingerprints of its training and validation text
     fingerprint: str  # of the weights
     position: TrainingPosition | None
 
@@ -79,6 +79,7 @@ def save_checkpoint(
     with _report_failure(target, pointers.get("last")):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target.parent))
+        temporary.chmod(0o755)  # a checkpoint is for others to read too
         try:
             save_file({**_distinct_weights(model), COUNTS: token_counts}, temporary / "model.safetensors")
             save_file(position.tensors, temporary / "training.safetensors")
@@ -146,7 +147,9 @@ def load_checkpoint(path: Path, which: str = "best", with_position: bool = False
             folder, model, tokenizer, counts, manifest["corpus"], manifest["files"]["model.safetensors"], position
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged or incomplete: {reason(error)}; use another checkpoint") from None
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged or incomplete: {reason(error)}; use another checkpoint"
+        ) from None
 
 
 def find_checkpoint(path: Path, which: str = "best") -> Path:
@@ -182,6 +185,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"checkpoint {folder} has format {manifest['format']}; this version reads {FORMAT}")
+        for key in ("model", "tokenizer", "vocabulary_size", "corpus", "files"):
+            manifest[key]
+        manifest["tokenizer"]["settings"]
         return dict(manifest)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {folder} has no readable manifest.json ({error})") from None

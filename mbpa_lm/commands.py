@@ -1,11 +1,9 @@
 """The command lines: parse, call, report. What they do is in training.py and evaluation.py."""
 
-import difflib
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from mbpa_lm.config import Config
-from mbpa_lm.errors import ConfigError, MbpaError
+from mbpa_lm.errors import ConfigError, MbpaError, did_you_mean, reason
 
 INTERRUPTED = 130
 OPEN_KEYS = ("model.settings",)
@@ -30,11 +28,12 @@ def _train(arguments: Sequence[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="Go on with the run in run.folder.")
     config, options = parse(parser, arguments)
     _prepare_machine(config)
+    from mbpa_lm.metrics import perplexity
     from mbpa_lm.training import train
 
     result = train(config, options["resume"])
-    perplexity = math.exp(result.best_validation_loss)
-    print(f"best checkpoint: {result.checkpoint}, validation perplexity {perplexity:.2f}, {result.seconds / 60:.1f} min of training")
+    best, minutes = perplexity(result.best_validation_loss), result.seconds / 60
+    print(f"best checkpoint: {result.checkpoint}, validation perplexity {best:.2f}, {minutes:.1f} min of training")
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +71,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dic
         namespace = parser.parse_args(list(arguments))
         made = parser.instantiate(namespace)
     except ArgumentError as error:
-        raise ConfigError(_one_line(str(error))) from None
+        raise ConfigError(reason(error)) from None
     config = Config(**{name: getattr(made, name) for name in sections})
     return config, {name: getattr(made, name) for name in others if hasattr(made, name)}
 
@@ -113,22 +112,13 @@ def _prepare_machine(config: Config) -> None:
 
 
 def _valid_keys() -> set[str]:
-    return {f"{section.name}.{value.name}" for section in fields(Config) for value in fields(_section_type(section.type))}
-
-
-def _section_type(kind: Any) -> Any:
-    assert is_dataclass(kind)
-    return kind
+    return {f"{section.name}.{value.name}" for section in fields(Config) for value in fields(section.type)}  # type: ignore[arg-type]
 
 
 def _check_key(key: str, valid: set[str], where: str) -> None:
     if key in valid or key == "help" or any(key.startswith(f"{name}.") for name in OPEN_KEYS):
         return
-    nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.4)
-    same_name = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]
-    suggestion = next(iter(same_name + nearest), None)
-    hint = f"; did you mean {suggestion}?" if suggestion else "; --help lists the valid ones"
-    raise ConfigError(f"{where}{key} does not exist{hint}")
+    raise ConfigError(f"{where}{key} does not exist; {did_you_mean(key, valid)}")
 
 
 def _config_files(arguments: Sequence[str]) -> list[str]:
@@ -141,19 +131,17 @@ def _yaml_keys(path: str) -> list[str]:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file) or {}
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(f"--config {path} cannot be read: {reason(error)}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {_one_line(str(error))}") from None
+        raise ConfigError(f"--config {path} is not valid YAML: {reason(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} holds no sections; see configs/ for examples")
     keys = []
     for section, values in content.items():
-        if isinstance(values, dict) and section in {item.name for item in fields(Config)}:
+        if section in {item.name for item in fields(Config)}:
+            if not isinstance(values, dict):
+                raise ConfigError(f"--config {path}: {section} holds no values; leave it out, or give some by name")
             keys += [f"{section}.{name}" for name in values]
         else:
             keys.append(str(section))
     return keys
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -4,6 +4,7 @@ One dataclass a section; `--help` shows the docstrings below, so they are writte
 its own values when it is made. Nothing here reads files or knows what the values are used for.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -74,6 +75,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.corpus == "text":
             _require("data.path", self.path, bool(self.path), "a text file or a folder when data.corpus is text")
+        if self.document_pattern is not None:
+            try:
+                re.compile(self.document_pattern)
+            except re.error as error:
+                raise ConfigError(f"data.document_pattern is no regular expression: {error}") from None
         for name in ("valid_fraction", "test_fraction"):
             value = getattr(self, name)
             _require(f"data.{name}", value, 0 < value <= 0.4, "more than 0 and at most 0.4")
@@ -280,6 +286,6 @@ class Config:
             _require(
                 "training.sequence_length",
                 self.training.sequence_length,
-                self.training.sequence_length >= self.model.context_length,
-                f"at least model.context_length ({self.model.context_length}), or later positions are never trained",
+                self.training.sequence_length == self.model.context_length,
+                f"model.context_length ({self.model.context_length}), the block that a transformer reads",
             )

@@ -3,6 +3,12 @@
 The command lines print the line after `error:` and leave with `exit_code`; no traceback is shown.
 """
 
+import difflib
+import textwrap
+from collections.abc import Collection
+
+LONGEST_REASON = 300
+
 
 class MbpaError(Exception):
     """Base of every error that this package raises on bad input."""
@@ -11,10 +17,18 @@ class MbpaError(Exception):
 
 
 def reason(error: Exception) -> str:
-    """Return the one line of another library's error that says what happened."""
+    """Return what another library's error says, as one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...") or type(error).__name__
+
+
+def did_you_mean(key: str, valid: Collection[str]) -> str:
+    """Return the end of an error about an unknown key: the nearest valid one, or where to find them."""
+    same_name = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]
+    nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.4)
+    suggestion = next(iter(same_name + nearest), None)
+    return f"did you mean {suggestion}?" if suggestion else "--help lists the valid ones"
 
 
 class ConfigError(MbpaError):

@@ -1,5 +1,6 @@
 """Evaluation: a checkpoint and a held-out text in, metrics.json and a table out."""
 
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from mbpa_lm.errors import CheckpointError
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.mbpa import MbpaExpert
-from mbpa_lm.machine import code_commit, describe_machine, peak_memory_bytes, pick_device
+from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes, pick_device
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.metrics import Targets, perplexity, summarize
 from mbpa_lm.progress import ProgressBar, console, token_progress
@@ -67,10 +68,10 @@ def _open_stream(config: Config, checkpoint: Checkpoint) -> TokenStream:
         corpus: Corpus = WholeText(Path(evaluation.text), config.data.document_pattern)
     else:
         corpus = open_corpus(config.data)
-        if corpus.fingerprint("train") != checkpoint.corpus["fingerprint"]:
+        if corpus.fingerprint("train") != checkpoint.corpus["train"]:
             raise CheckpointError(
-                f"checkpoint {checkpoint.folder} was trained on another text ({checkpoint.corpus['name']}) than data.corpus "
-                f"{corpus.name} holds; use the configuration it was trained with, or --evaluation.text to score any text"
+                f"checkpoint {checkpoint.folder} was trained on another text ({checkpoint.corpus['name']}) than {corpus.name} "
+                f"is now; use the data it was trained with, train again, or score any text with --evaluation.text"
             )
     with token_progress(f"tokenizing {corpus.name} {evaluation.split}") as progress:
         stream = open_stream(corpus, evaluation.split, checkpoint.tokenizer, Path(config.data.token_folder), progress)
@@ -108,8 +109,9 @@ def _metrics(config: Config, checkpoint: Checkpoint, stream: TokenStream, scores
             "documents": len(stream.document_starts),
         },
         "peak_memory_bytes": peak_memory_bytes(),
+        "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
         "checkpoint": {"folder": str(checkpoint.folder), "fingerprint": checkpoint.fingerprint},
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "commit": code_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(checkpoint.model.output_layer().weight.device),

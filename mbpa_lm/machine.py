@@ -61,6 +61,11 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_gpu_memory_bytes() -> int:
+    """Return the most memory that tensors of this process have had on the CUDA device; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
 def describe_machine(device: torch.device) -> str:
     """Return one line about the processor and accelerator that a result was measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -79,7 +84,9 @@ def _processor() -> str:
 
 def code_commit() -> str | None:
     """Return the commit of the checkout that this package runs from, `-dirty` where files differ; None elsewhere."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
+    if not (folder / ".git").exists():
+        return None
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True)

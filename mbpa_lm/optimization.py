@@ -57,6 +57,11 @@ def start_averaging(optimizer: Optimizer) -> None:
             group["t0"] = max(steps)
 
 
+def has_averaged_weights(optimizer: Optimizer) -> bool:
+    """Say whether the weight average of ASGD has begun."""
+    return any(group.get("t0", NOT_YET) != NOT_YET for group in optimizer.param_groups)
+
+
 @contextmanager
 def averaged_weights(optimizer: Optimizer) -> Iterator[None]:
     """Put ASGD's averaged weights into the model for the length of the block; other optimizers have none."""

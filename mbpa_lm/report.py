@@ -26,10 +26,9 @@ def write_results(folder: Path, metrics: Mapping[str, Any], scores: StreamScores
         folder.mkdir(parents=True, exist_ok=True)
         losses = {name: torch.from_numpy(values) for name, values in scores.losses.items()}
         save_file(losses, folder / f".{LOSSES_FILE}")
-        os.replace(folder / f".{LOSSES_FILE}", folder / LOSSES_FILE)
-        temporary = folder / f".{METRICS_FILE}"
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
-        os.replace(temporary, path)
+        (folder / f".{METRICS_FILE}").write_text(json.dumps(metrics, indent=1) + "\n")
+        for name in (LOSSES_FILE, METRICS_FILE):
+            os.replace(folder / f".{name}", folder / name)
     except (OSError, SafetensorError) as error:
         for temporary in (folder / f".{LOSSES_FILE}", folder / f".{METRICS_FILE}"):
             temporary.unlink(missing_ok=True)
@@ -45,7 +44,7 @@ def print_tables(metrics: Mapping[str, Any]) -> None:
     title = f"{stream['name']}: {stream['scored']:,} tokens scored of {stream['tokens']:,}"
     table = Table(title=title, title_justify="left")
     table.add_column("expert")
-    for name in ("perplexity", "against base", "bits/token", "bits/word", "bits/character", "tokens/s"):
+    for name in ("perplexity", "vs base", "bits/tok", "bits/word", "bits/char", "tokens/s"):
         table.add_column(name, justify="right")
     for name, values in experts.items():
         table.add_row(
@@ -71,7 +70,7 @@ def _print_groups(title: str, experts: Mapping[str, Any], group: str) -> None:
     for name in experts:
         table.add_column(name, justify="right")
         if name != "base":
-            table.add_column("against base", justify="right")
+            table.add_column("vs base", justify="right")
     for row, base in experts["base"][group].items():
         if base["tokens"]:
             cells = [row, f"{base['tokens']:,}"]

@@ -47,7 +47,7 @@ class RunLog:
     def close(self) -> None:
         with suppress(OSError):  # a full disk; `write` has already said so
             self._file.close()
-        self._send(lambda run: run.finish(quiet=True))
+        self._send(lambda run: run.finish())
 
     def _keep(self, record: Mapping[str, Any]) -> None:
         try:

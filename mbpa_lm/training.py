@@ -8,6 +8,7 @@ weights, to the bit on a CPU, as one that never stopped.
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,18 @@ from mbpa_lm.checkpoint import (
     save_checkpoint,
 )
 from mbpa_lm.config import Config, TrainingConfig
-from mbpa_lm.data.corpora import Corpus, open_corpus
+from mbpa_lm.data.corpora import Corpus, Piece, open_corpus
 from mbpa_lm.data.streams import SequenceBatches, TokenStream, count_tokens, open_stream
 from mbpa_lm.data.tokenizers import Tokenizer, make_tokenizer
-from mbpa_lm.errors import CheckpointError, ConfigError
+from mbpa_lm.errors import CheckpointError, ConfigError, DataError
 from mbpa_lm.machine import bfloat16_is_faster, pick_device
+from mbpa_lm.metrics import perplexity
 from mbpa_lm.models.base import State
-from mbpa_lm.models.build import Model, build_model
+from mbpa_lm.models.build import Model, build_model, check_model
 from mbpa_lm.optimization import (
     averaged_weights,
     build_optimizer,
+    has_averaged_weights,
     learning_rate,
     pack_optimizer,
     start_averaging,
@@ -45,6 +48,9 @@ from mbpa_lm.optimization import (
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.sampled_softmax import inclusion_probabilities, sampled_cross_entropy
 from mbpa_lm.tracking import RunLog
+
+FREE_TO_CHANGE = ("training.save_steps", "training.patience")
+"""Settings that a resumed run may change: they decide when it saves and stops, not what it computes."""
 
 
 @dataclass
@@ -78,6 +84,7 @@ def train(config: Config, resume: bool = False) -> TrainingResult:
     run_folder = Path(config.run.folder)
     if has_checkpoint(run_folder) and not resume:
         raise ConfigError(f"run.folder {run_folder} already holds a run; add --resume to go on with it, or name another folder")
+    check_model(config.model)
     corpus = open_corpus(config.data)
     checkpoint = _checkpoint_to_resume(run_folder, config, corpus) if resume else None
     tokenizer = checkpoint.tokenizer if checkpoint else _make_tokenizer(config, corpus)
@@ -105,7 +112,7 @@ class _Run:
         self.config, self.tokenizer, self.model = config, tokenizer, model
         self.folder = Path(config.run.folder)
         self.device = model.output_layer().weight.device
-        self.corpus = {"name": corpus.name, "fingerprint": corpus.fingerprint("train")}
+        self.corpus = {"name": corpus.name, **{split: corpus.fingerprint(split) for split in ("train", "valid")}}
         self.token_counts = torch.from_numpy(count_tokens(streams["train"].tokens, tokenizer.vocabulary_size))
         self.batches = SequenceBatches(streams["train"].tokens, training.batch_size, training.sequence_length)
         self.validation = validation_batches(streams["valid"], training)
@@ -113,6 +120,7 @@ class _Run:
         self.inclusion: Tensor | None = None
         if training.sampled_words:
             self.inclusion = inclusion_probabilities(self.token_counts, training.sampled_words).to(self.device)
+        self.about = "~" if training.sampled_words else ""  # marks an estimate
         self.state: State | None = None
         self.position = Position(precision=_precision(training, self.device))
         if checkpoint:
@@ -136,12 +144,12 @@ class _Run:
             log.write(record)
             gained = position.epochs_without_gain == 0
             console.print(
-                f"epoch {epoch + 1:3d}  train perplexity {record['train/perplexity']:8.2f}  valid "
+                f"epoch {epoch + 1:3d}  train perplexity {self.about}{record['train/perplexity']:.2f}  valid "
                 f"{record['valid/perplexity']:8.2f}{' *' if gained else '  '}  {record['train/tokens_per_second']:,.0f} "
                 f"tokens/s  {position.seconds / 60:.1f} min"
             )
             self._save(is_best=gained)
-        best = {"best/loss": position.best_loss, "best/perplexity": math.exp(position.best_loss)}
+        best = {"best/loss": position.best_loss, "best/perplexity": perplexity(position.best_loss)}
         log.summarize(best | {"steps": position.step, "seconds": position.seconds})
         return TrainingResult(find_checkpoint(self.folder), position.best_loss, position.step, position.seconds)
 
@@ -156,16 +164,11 @@ class _Run:
         with ProgressBar(f"epoch {epoch + 1}", (self.batches.steps - first) * tokens_a_step) as progress:
             for done, (inputs, targets) in enumerate(self.batches.batches(self.config.run.seed, epoch, first), start=1):
                 loss = self._step(inputs, targets)
-                if not math.isfinite(loss):
-                    rate = learning_rate(position.step, self.steps, training)
-                    raise ConfigError(
-                        f"training diverged at step {position.step}: the loss is {loss} at learning rate {rate:.2g}; "
-                        f"lower training.learning_rate or training.gradient_norm and go on with --resume"
-                    )
+                self._check_finite(loss, "loss")
                 total += loss
                 position.step += 1
                 position.seconds = before + time.perf_counter() - started
-                progress.advance(tokens_a_step, f"train perplexity {math.exp(total / done):.1f}")
+                progress.advance(tokens_a_step, f"train perplexity {self.about}{perplexity(total / done):.1f}")
                 if training.save_steps and done < self.batches.steps - first and position.step % training.save_steps == 0:
                     log.write({"step": position.step, "train/loss": loss})
                     self._save(is_best=False)
@@ -174,10 +177,18 @@ class _Run:
             "step": position.step,
             "epoch": epoch + 1,
             "train/loss": total / done,
-            "train/perplexity": math.exp(total / done),
+            "train/perplexity": perplexity(total / done),
             "train/tokens_per_second": done * tokens_a_step / seconds,
             "train/learning_rate": learning_rate(position.step - 1, self.steps, training),
         }
+
+    def _check_finite(self, loss: float, what: str) -> None:
+        if not math.isfinite(loss):
+            rate = learning_rate(self.position.step, self.steps, self.config.training)
+            raise ConfigError(
+                f"training diverged at step {self.position.step}: the {what} is {loss} at learning rate {rate:.2g}; start "
+                f"again in another run.folder with a lower training.learning_rate or training.gradient_norm"
+            )
 
     def _step(self, inputs: np.ndarray, targets: np.ndarray) -> float:
         """Read a batch, take one optimizer step and return the loss in nats a token, penalties left out."""
@@ -210,6 +221,7 @@ class _Run:
         position, training, started = self.position, self.config.training, time.perf_counter()
         with averaged_weights(self.optimizer), self._autocast():
             loss = validation_loss(self.model, self.validation, self.device)
+        self._check_finite(loss, "validation loss")
         position.seconds += time.perf_counter() - started
         gained = loss < position.best_loss
         position.best_loss = min(loss, position.best_loss)
@@ -219,7 +231,7 @@ class _Run:
             earlier = position.validation_losses[: -training.averaging_patience - 1]
             if earlier and loss > min(earlier):
                 start_averaging(self.optimizer)
-        return {"valid/loss": loss, "valid/perplexity": math.exp(loss)}
+        return {"valid/loss": loss, "valid/perplexity": perplexity(loss)}
 
     def _has_stalled(self) -> bool:
         patience = self.config.training.patience
@@ -232,6 +244,7 @@ class _Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.position.precision == "bfloat16")
 
     def _save(self, is_best: bool) -> None:
+        packed = self._pack()  # the weights being trained, before their averages take their place
         with averaged_weights(self.optimizer):
             save_checkpoint(
                 self.config,
@@ -240,7 +253,7 @@ class _Run:
                 self.tokenizer,
                 self.token_counts,
                 self.corpus,
-                self._pack(),
+                packed,
                 is_best,
             )
 
@@ -252,7 +265,14 @@ class _Run:
             packed["random_cuda"] = torch.cuda.get_rng_state(self.device)
         for index, tensor in enumerate(self.state or ()):
             packed[f"state.{index}"] = tensor.detach().contiguous()
-        values = {"position": asdict(self.position), "optimizer": plain, "training": asdict(self.config.training)}
+        if has_averaged_weights(self.optimizer):
+            packed |= {f"weights.{index}": weight.detach().clone() for index, weight in enumerate(self.model.parameters())}
+        values = {
+            "position": asdict(self.position),
+            "optimizer": plain,
+            "training": asdict(self.config.training),
+            "seed": self.config.run.seed,
+        }
         return TrainingPosition(packed, values)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -263,6 +283,10 @@ class _Run:
             state = _strip(tensors, "state.")
             self.state = tuple(state[str(index)].to(self.device) for index in range(len(state))) or None
             self.position = Position(**values["position"])
+            if has_averaged_weights(self.optimizer):
+                with torch.no_grad():
+                    for index, weight in enumerate(self.model.parameters()):
+                        weight.copy_(tensors[f"weights.{index}"])
             torch.set_rng_state(tensors["random"])
             if self.device.type == "cuda" and "random_cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
@@ -273,7 +297,12 @@ class _Run:
 def validation_batches(stream: TokenStream, training: TrainingConfig) -> SequenceBatches:
     """Cut the validation text into as many rows as it has room for, up to the configured number."""
     rows = min(training.validation_rows, (len(stream) - 1) // training.sequence_length - 1)
-    return SequenceBatches(stream.tokens, max(rows, 1), training.sequence_length)
+    if rows < 1:
+        raise DataError(
+            f"{stream.name} has {len(stream)} tokens, but with training.sequence_length {training.sequence_length} validation "
+            f"needs at least {2 * training.sequence_length + 1}; give more text or make it smaller"
+        )
+    return SequenceBatches(stream.tokens, rows, training.sequence_length)
 
 
 @torch.no_grad()
@@ -299,21 +328,32 @@ def _checkpoint_to_resume(run_folder: Path, config: Config, corpus: Corpus) -> C
     check_same_settings(folder, config)
     checkpoint = load_checkpoint(folder, with_position=True)
     assert checkpoint.position is not None
-    if checkpoint.corpus["fingerprint"] != corpus.fingerprint("train"):
-        raise CheckpointError(f"{folder} was trained on another text ({checkpoint.corpus['name']}) than {corpus.name}")
-    for name, wanted in asdict(config.training).items():
-        saved = checkpoint.position.values["training"].get(name)
-        if saved != wanted and name not in ("precision", "save_steps", "patience"):
+    if any(checkpoint.corpus[split] != corpus.fingerprint(split) for split in ("train", "valid")):
+        raise CheckpointError(
+            f"{folder} was trained on another text ({checkpoint.corpus['name']}) than {corpus.name} is now; "
+            f"resume with the same text, or start another run.folder"
+        )
+    values = checkpoint.position.values
+    saved = {"run.seed": values["seed"], **{f"training.{name}": value for name, value in values["training"].items()}}
+    wanted = {"run.seed": config.run.seed, **{f"training.{name}": value for name, value in asdict(config.training).items()}}
+    for name, value in wanted.items():
+        if saved.get(name) != value and name not in FREE_TO_CHANGE:
             raise CheckpointError(
-                f"{folder} was trained with training.{name} {saved!r}, the configuration says {wanted!r}; resume with the "
+                f"{folder} was trained with {name} {saved.get(name)!r}, the configuration says {value!r}; resume with the "
                 f"same values, or start another run.folder"
             )
     return checkpoint
 
 
 def _make_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
-    console.print(f"reading {corpus.name} for its {config.tokenizer.kind} vocabulary")
-    return make_tokenizer(config.tokenizer, corpus.pieces("train"))
+    with ProgressBar(f"reading {corpus.name} for a {config.tokenizer.kind} vocabulary", None, unit="characters") as progress:
+
+        def pieces() -> Iterator[Piece]:
+            for piece in corpus.pieces("train"):
+                yield piece
+                progress.advance(len(piece.text))
+
+        return make_tokenizer(config.tokenizer, pieces())
 
 
 def _open_stream(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer) -> TokenStream:

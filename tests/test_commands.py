@@ -42,6 +42,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.model.hidden_size, config.model.layers) == (650, 3)
 
 
+TRANSFORMER = ["--model.kind", "transformer", "--training.sequence_length", "256"]
 MISTAKES = [
     (["--model.hiden_size", "3"], "option --model.hiden_size does not exist; did you mean model.hidden_size?"),
     (["--hidden_size", "3"], "option --hidden_size does not exist; did you mean model.hidden_size?"),
@@ -56,7 +57,10 @@ MISTAKES = [
     (["--memory.neighbours", "0"], "memory.neighbours is 0; it must be greater than 0"),
     (["--adaptation.optimizer", "rmsprop"], "adaptation.solver is 'dual'; it must be reference with rmsprop"),
     (["--model.context_overlap", "256"], "model.context_overlap is 256; it must be less than model.context_length (256)"),
-    (["--model.kind", "transformer"], "training.sequence_length is 50; it must be at least model.context_length (256)"),
+    (["--model.kind", "transformer"], "sequence_length is 50; it must be model.context_length (256), the block"),
+    (["--data.document_pattern", "["], "data.document_pattern is no regular expression"),
+    ([*TRANSFORMER, "--model.architecture", "gtp2"], "'gtp2' is no causal language model of transformers; did you mean gpt2?"),
+    ([*TRANSFORMER, "--model.settings.n_embed", "8"], "model.settings.n_embed does not exist for gpt2; did you mean n_embd?"),
     (["--data.corpus", "text"], "data.path is None; it must be a text file or a folder when data.corpus is text"),
     (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read: No such file or directory"),
 ]  # fmt: skip
@@ -82,6 +86,7 @@ def test_a_mistake_is_refused_in_one_line_before_any_work(
         ("modle:\n  layers: 3\n", "does not exist; did you mean"),
         ("hidden_size: 3\n", "c.yaml: hidden_size does not exist; did you mean model.hidden_size?"),
         ("model: [1\n", "c.yaml is not valid YAML"),
+        ("memory:\n", "c.yaml: memory holds no values; leave it out, or give some by name"),
         ("- 1\n", "c.yaml holds no sections; see configs/ for examples"),
         ("model:\n  layers: many\n", "model.layers"),
         ("model: !!python/object/apply:os.system ['touch executed']\n", "c.yaml is not valid YAML"),
@@ -138,8 +143,8 @@ def test_bad_text_is_refused_in_one_line_and_leaves_no_files(
     [
         ([], 2, "--checkpoint is missing; name the run folder that train.py wrote"),
         (["--checkpoint", "nowhere"], 4, "nowhere holds no checkpoint; give a run folder"),
-        (["--checkpoint", "TRAINED", "--model.layers", "2"], 4, "another model: model.layers is 1 there and 2 in the configuration"),
-        (["--checkpoint", "TRAINED", "--tokenizer.min_count", "3"], 4, "another tokenizer: tokenizer.min_count is 1 there and 3"),
+        (["--checkpoint", "TRAINED", "--model.layers", "2"], 4, "another model: model.layers is 1 there and 2 in the config"),
+        (["--checkpoint", "TRAINED", "--tokenizer.min_count", "3"], 4, "another tokenizer: tokenizer.min_count is 1 there"),
         (["--checkpoint", "TRAINED", "--data.corpus", "builtin"], 4, "was trained on another text"),
         (["--checkpoint", "TRAINED", "--evaluation.text", "nowhere.txt"], 3, "nowhere.txt does not exist"),
         (["--checkpoint", "TRAINED", "--adaptation.alpha", "-1"], 2, "adaptation.alpha is -1.0; it must be 0 or more"),

@@ -47,7 +47,9 @@ def test_real_corpora_have_the_published_counts(shared_data: Path, name: str, tm
 @pytest.fixture(scope="module")
 def trained(shared_checkpoints: Path) -> tuple[LSTMLanguageModel, WordTokenizer]:
     folder = shared_checkpoints / "ptb-lstm-2x400"
-    tensors = {name.replace("lstm.", "layers."): tensor.float() for name, tensor in load_file(folder / "weights.safetensors").items()}
+    tensors = {
+        name.replace("lstm.", "layers."): tensor.float() for name, tensor in load_file(folder / "weights.safetensors").items()
+    }
     model = build_model(ModelConfig(hidden_size=400, layers=2), 10_000)
     assert isinstance(model, LSTMLanguageModel)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
@@ -87,7 +89,12 @@ def test_the_memory_lowers_it_and_solvers_agree(
     short, ten_steps = stream.first(81), {"steps": 10, "alpha": 0.05}
     by_solver = [
         score_stream(
-            model, short.tokens, [MbpaExpert(layer, AdaptationConfig(solver=solver, **ten_steps))], make_memory(model, 50), 8, 100
+            model,
+            short.tokens,
+            [MbpaExpert(layer, AdaptationConfig(solver=solver, **ten_steps))],
+            make_memory(model, 50),
+            8,
+            100,
         ).losses["mbpa"]
         for solver in ("dual", "reference")
     ]

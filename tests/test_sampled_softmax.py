@@ -41,6 +41,8 @@ def test_the_estimate_of_the_sum_is_unbiased() -> None:
     with torch.no_grad():
         logits = layer.logits(hidden_states)
         own = logits.gather(1, targets[:, None])[:, 0]
-        draws = torch.stack([(sampled_cross_entropy(layer, hidden_states, targets, inclusion) + own).exp() for _ in range(3000)])
+        draws = torch.stack(
+            [(sampled_cross_entropy(layer, hidden_states, targets, inclusion) + own).exp() for _ in range(3000)]
+        )
     standard_error = draws.std(0) / 3000**0.5
     assert ((draws.mean(0) - logits.logsumexp(-1).exp()).abs() < 5 * standard_error).all()

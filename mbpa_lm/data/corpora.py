@@ -16,7 +16,7 @@ WIKITEXT_TITLE = r" = [^=\n]+ = "
 
 
 class Piece(NamedTuple):
-    """Some lines of a document, each ended by a newline."""
+    """Some lines of a document, each ended by a newline; of a very long line, a part that ends after a space."""
 
     text: str
     starts_document: bool
@@ -78,7 +78,7 @@ def split_documents(pieces: Iterator[Piece], pattern: str | None) -> Iterator[Pi
 def _line_starts(text: str, title: re.Pattern[str]) -> list[int]:
     starts, offset = [], 0
     for line in text.split("\n"):
-        if title.fullmatch(line):
+        if offset < len(text) and title.fullmatch(line):
             starts.append(offset)
         offset += len(line) + 1
     return starts

@@ -58,7 +58,7 @@ class HubCorpus:
                     source.repository, source.configuration, revision=source.revision, split=HUB_SPLITS[split]
                 )
             except Exception as error:  # the hub's client raises many kinds; all mean that the text is not here
-                    raise DataError(
+                raise DataError(
                     f"{self.name} could not be loaded from the hub ({reason(error)}); with no network, set data.path to a "
                     f"folder with train.txt, valid.txt and test.txt"
                 ) from None

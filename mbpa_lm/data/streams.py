@@ -69,6 +69,7 @@ def _build(corpus: Corpus, split: str, tokenizer: Tokenizer, path: Path, on_prog
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        temporary.chmod(0o755)
     except OSError as error:
         raise DataError(f"data.token_folder {path.parent} cannot be written: {error.strerror}") from None
     try:

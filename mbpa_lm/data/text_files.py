@@ -4,9 +4,10 @@ import hashlib
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from mbpa_lm.data.corpora import SPLITS, Piece, split_documents
-from mbpa_lm.errors import DataError
+from mbpa_lm.errors import DataError, reason
 
 PIECE_BYTES = 1 << 20
 
@@ -80,7 +81,7 @@ class HeldOutText:
         size = self._path.stat().st_size
         valid_fraction, test_fraction = self._fractions
         wanted = (int(size * (1 - valid_fraction - test_fraction)), int(size * (1 - test_fraction)))
-        with self._path.open("rb") as file:
+        with _open(self._path) as file:
             cuts = []
             for offset in wanted:
                 file.seek(offset)
@@ -136,7 +137,7 @@ def read_pieces(path: Path, begin: int, end: int) -> Iterator[Piece]:
     """
     if end - begin == 0:
         raise DataError(f"{path} is empty; there is nothing to read")
-    with path.open("rb") as file:
+    with _open(path) as file:
         if begin == 0 and file.read(len(BOM_UTF8)) == BOM_UTF8:
             begin = len(BOM_UTF8)
         file.seek(begin)
@@ -157,7 +158,17 @@ def read_pieces(path: Path, begin: int, end: int) -> Iterator[Piece]:
 
 
 def _files_under(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    def is_hidden(file: Path) -> bool:
+        return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and not is_hidden(file)]
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {reason(error)}") from None
 
 
 def _last_break(block: bytes) -> int:
@@ -179,6 +190,6 @@ def _decode(block: bytes, path: Path, offset: int) -> str:
 def _hash(paths: list[Path], settings: str) -> str:
     digest = hashlib.sha256(settings.encode())
     for path in paths:
-        with path.open("rb") as file:
+        with _open(path) as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
     vocabulary_size: int
 
     def encode(self, text: str) -> Encoded:
-        """Encode whole lines of a document."""
+        """Encode a piece of a document (`corpora.Piece`)."""
         ...
 
     def token(self, index: int) -> str:
@@ -143,10 +143,13 @@ class SentencePieceTokenizer:
         ids: list[int] = []
         ends: list[int] = []
         offset = 0
-        for line in text.split("\n")[:-1]:  # pieces are whole lines
+        lines = text.split("\n")
+        for number, line in enumerate(lines, start=1):
             pieces = self._processor.encode(line, out_type="offset_mapping")
             ids += pieces["ids"]
             ends += [offset + end for _, end in pieces["offsets"]]
+            if number == len(lines):  # nothing, or the part of a very long line
+                break
             offset += len(line) + 1
             ids.append(self._processor.eos_id())
             ends.append(offset)

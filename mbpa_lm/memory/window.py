@@ -5,19 +5,30 @@ New entries go to the end; when the tensor is full, the window moves to its fron
 
 A chunk's queries do not see the same window: query i sees entries up to i - 1 of its own chunk and has lost the i
 oldest. So FAISS searches the part that all of them see, the two ends are compared directly under a mask, and the
-distances of the candidates are computed again in the keys' own precision before the nearest are chosen. That makes
-the result independent of the chunk length and of FAISS's rounding.
+distances of the candidates are computed again in the keys' own precision before the nearest are chosen. Where more
+entries than the spare candidates lie at one distance up to rounding, copies of one context for example, that query is
+compared with every entry. That makes the result independent of the chunk length and of the search's rounding.
+
+On CUDA the search is a matrix product and a top-k of PyTorch, in place of FAISS.
 
 Dimensions: `C` positions of a chunk, `K` neighbours, `d` hidden size, `N` entries.
 """
 
 import math
 
-import faiss
 import torch
 from torch import Tensor
 
+from mbpa_lm.errors import MbpaError
 from mbpa_lm.memory.base import Neighbours
+
+try:
+    import faiss
+except ImportError as error:
+    raise MbpaError(f"FAISS is not installed ({error}); pip install faiss-cpu, or faiss-gpu-cu12 for CUDA") from None
+
+ROUNDING = 1e-6
+"""Rounding of a squared distance that a matrix product in float32 gives, as a share of the squared norms."""
 
 QUERIES_AT_ONCE = 128
 SPARE_CANDIDATES = 8
@@ -61,7 +72,12 @@ class WindowMemory:
         seen_by_some = seen_by_some.to(queries_Cd.device)
         common = self._search(queries_Cd, all_see, first, count + SPARE_CANDIDATES)
         some = self._search_masked(queries_Cd, seen_by_some, first, count + SPARE_CANDIDATES)
-        return self._nearest(queries_Cd, torch.cat([common, some], dim=1), count)
+        rows, distances = self._nearest(queries_Cd, torch.cat([common, some], dim=1), count)
+        for query in self._doubtful(queries_Cd, distances, (common, some), count):
+            own = first + query
+            visible = torch.arange(max(oldest, own - self._size), own, device=rows.device)[None]
+            rows[query], distances[query] = self._nearest(queries_Cd[query : query + 1], visible, count)
+        return self._neighbours(rows, distances)
 
     def _append(self, keys: Tensor, values: Tensor, log_partitions: Tensor) -> int:
         if self._end + len(keys) > self._capacity:
@@ -95,16 +111,30 @@ class WindowMemory:
         nearest, columns = distances.topk(min(count, len(rows)), largest=False)
         return rows[columns].masked_fill(nearest.isinf(), -1)
 
-    def _nearest(self, queries_Cd: Tensor, rows: Tensor, count: int) -> Neighbours:
-        """Choose the nearest `count` of the candidate rows (C, n), by distances computed directly."""
-        chunk, device = len(queries_Cd), queries_Cd.device
+    def _nearest(self, queries_Cd: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Choose the nearest `count` of the candidate rows (C, n), by distances computed directly: rows, distances."""
+        chunk = len(queries_Cd)
         if rows.shape[1] < count:
             rows = torch.cat([rows, rows.new_full((chunk, count - rows.shape[1]), -1)], dim=1)
         rows = rows.sort(dim=1, descending=True).values  # newer first, kept so among equal distances
         differences = self._keys[rows.clamp(min=0)] - queries_Cd[:, None]
         distances = differences.square_().sum(-1).masked_fill_(rows < 0, math.inf)
         distances, order = distances.sort(dim=1, stable=True)
-        rows, distances = rows.gather(1, order)[:, :count], distances[:, :count]
+        return rows.gather(1, order)[:, :count], distances[:, :count]
+
+    def _doubtful(self, queries_Cd: Tensor, distances_CK: Tensor, candidates: tuple[Tensor, ...], count: int) -> list[int]:
+        """Return the queries whose K-th distance is, up to rounding, that of the farthest candidate of a full search."""
+        doubtful_C = torch.zeros(len(queries_Cd), dtype=torch.bool, device=queries_Cd.device)
+        for rows in candidates:
+            if rows.shape[1] < count + SPARE_CANDIDATES:  # a search that left nothing out
+                continue
+            last_Cd = self._keys[rows[:, -1].clamp(min=0)]
+            farthest_C = (last_Cd - queries_Cd).square().sum(-1)
+            rounding_C = ROUNDING * (last_Cd.square().sum(-1) + queries_Cd.square().sum(-1))
+            doubtful_C |= (rows[:, -1] >= 0) & (farthest_C <= distances_CK[:, -1] + rounding_C)
+        return doubtful_C.nonzero()[:, 0].tolist()
+
+    def _neighbours(self, rows: Tensor, distances: Tensor) -> Neighbours:
         empty, filled = rows < 0, rows.clamp(min=0)
         positions = filled + (self._written - self._end)
         return Neighbours(
@@ -112,7 +142,7 @@ class WindowMemory:
             values=self._values[filled].masked_fill_(empty, 0),
             log_partitions=self._log_partitions[filled].masked_fill_(empty, 0),
             squared_distances=distances,
-            positions=positions.masked_fill_(empty, -1).to(device),
+            positions=positions.masked_fill_(empty, -1),
         )
 
 

@@ -2,9 +2,15 @@
 
 from mbpa_lm.config import ModelConfig
 from mbpa_lm.models.lstm import LSTMLanguageModel
-from mbpa_lm.models.transformer import TransformerLanguageModel
+from mbpa_lm.models.transformer import TransformerLanguageModel, check_settings
 
 Model = LSTMLanguageModel | TransformerLanguageModel
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise ConfigError for settings that can be known to be wrong before any text is read."""
+    if config.kind == "transformer":
+        check_settings(config)
 
 
 def build_model(config: ModelConfig, vocabulary_size: int) -> Model:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mbpa_lm.config import ModelConfig
-from mbpa_lm.errors import ConfigError, reason
+from mbpa_lm.errors import ConfigError, did_you_mean, reason
 from mbpa_lm.models.base import ModelOutput, OutputLayer
 
 
@@ -20,6 +20,21 @@ class BlockState(NamedTuple):
 
     tokens: Tensor  # (B, n) with n <= context_length
     cache: Any  # transformers.Cache
+
+
+def check_settings(config: ModelConfig) -> None:
+    """Refuse an architecture that the library does not have, or a setting that the architecture does not have."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        hint = did_you_mean(config.architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise ConfigError(f"model.architecture {config.architecture!r} is no causal language model of transformers; {hint}")
+    defaults = CONFIG_MAPPING[config.architecture]()
+    valid = {*defaults.to_dict(), *defaults.attribute_map}
+    for name in config.settings:
+        if name not in valid:
+            raise ConfigError(f"model.settings.{name} does not exist for {config.architecture}; {did_you_mean(name, valid)}")
 
 
 class TransformerLanguageModel(nn.Module):
@@ -34,7 +49,7 @@ class TransformerLanguageModel(nn.Module):
         try:
             settings = AutoConfig.for_model(config.architecture, vocab_size=vocabulary_size, **config.settings)
             self.causal_lm = AutoModelForCausalLM.from_config(settings)
-        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        except Exception as error:  # each architecture has its own ways to reject a value
             raise ConfigError(f"model.architecture {config.architecture!r} with model.settings: {reason(error)}") from None
         longest = getattr(self.causal_lm.config, "max_position_embeddings", None)
         if longest is not None and longest < config.context_length:

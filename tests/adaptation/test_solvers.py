@@ -114,7 +114,8 @@ def test_distributions_sum_to_one_and_the_layer_is_left_alone(solver: str) -> No
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("rule", [AdaptationRule(0, 0.3), AdaptationRule(3, 0.0), AdaptationRule(0, 0.0, 1.0)])
 def test_no_step_is_the_base_model(solver: str, rule: AdaptationRule) -> None:
-    weight, bias, keys, values, weights, queries = problem = random_problem(4, 6, 11, 5, 1)
+    problem = random_problem(4, 6, 11, 5, 1)
+    weight, bias, queries = problem[0], problem[1], problem[5]
     expected = torch.log_softmax(torch.nn.functional.linear(queries, weight, bias), -1)
     torch.testing.assert_close(SOLVERS[solver](*problem, rule), expected, atol=1e-12, rtol=0)
 

@@ -26,9 +26,7 @@ def open_valid(corpus: Path, tokenizer: WordTokenizer, folder: Path) -> TokenStr
     return open_stream(open_corpus(wikitext_config(corpus)), "valid", tokenizer, folder)
 
 
-def test_a_stream_has_the_words_lines_and_documents_of_the_text(
-    corpus: Path, tokenizer: WordTokenizer, tmp_path: Path
-) -> None:
+def test_a_stream_has_the_words_lines_and_documents_of_the_text(corpus: Path, tokenizer: WordTokenizer, tmp_path: Path) -> None:
     text = (corpus / "valid.txt").read_text()
     stream = open_valid(corpus, tokenizer, tmp_path)
     words = text.replace("\n", " <eos> ").split()
@@ -70,7 +68,7 @@ def test_a_damaged_token_file_is_refused(corpus: Path, tokenizer: WordTokenizer,
         (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-2])
     else:
         (folder / "manifest.json").write_text("{" if damage == "no json" else json.dumps({"tokens": 3}))
-    with pytest.raises(DataError, match="is damaged .*; delete it and it will be built again"):
+    with pytest.raises(DataError, match=r"is damaged .*; delete it and it will be built again"):
         open_valid(corpus, tokenizer, tmp_path)
 
 

@@ -75,6 +75,23 @@ def test_a_folder_holds_out_whole_files_and_a_new_file_moves_few(tmp_path: Path)
     assert sum(len(before[split] - after[split]) for split in SPLITS) <= 2
 
 
+def test_hidden_files_and_folders_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    for name in (".git/index", ".hidden", "seen"):
+        (tmp_path / name).write_text(f"{name}\n")
+    assert text_of(WholeText(tmp_path, None), "test") == "seen\n"
+
+
+@pytest.mark.parametrize("piece_bytes", [8, 1 << 20])
+def test_a_pattern_of_blank_lines_starts_a_document_at_each_and_at_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    (tmp_path / "text").write_text("one\ntwo\n\nthree\n\nfour\n")
+    monkeypatch.setattr(text_files, "PIECE_BYTES", piece_bytes)
+    starts = [piece.text.split()[0] for piece in WholeText(tmp_path / "text", r"\s*").pieces("test") if piece.starts_document]
+    assert starts == ["one", "three", "four"]
+
+
 def test_held_out_parts_are_never_empty() -> None:
     assert hold_out([("a", 1), ("b", 1000), ("c", 1)], 0.01, 0.01) == ({"a"}, {"b"})
 

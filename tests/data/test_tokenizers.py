@@ -101,6 +101,14 @@ def test_sentencepiece_loses_no_character() -> None:
     assert ends[-1] == len(text)
 
 
+def test_sentencepiece_reads_a_line_that_comes_in_parts() -> None:
+    tokenizer = SentencePieceTokenizer.train(pieces(times=20), 278)
+    parts = [tokenizer.encode(part) for part in ("the cat sat ", "on the mat\n")]
+    whole = tokenizer.encode("the cat sat on the mat\n")
+    assert [*parts[0].ids, *parts[1].ids] == whole.ids.tolist()
+    assert [*parts[0].ends, *(parts[1].ends + len("the cat sat "))] == whole.ends.tolist()
+
+
 @pytest.mark.parametrize("size", [10, 100_000])
 def test_sentencepiece_says_which_sizes_fit(size: int) -> None:
     with pytest.raises(DataError, match=f"SentencePiece cannot make {size} tokens of this text: .*"):

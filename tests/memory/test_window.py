@@ -16,7 +16,11 @@ FIELDS = ("keys", "values", "log_partitions", "squared_distances", "positions")
 def entries(count: int, dimension: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(count, dimension, generator=generator, dtype=torch.float64)
-    return keys, torch.randint(0, 9, (count,), generator=generator), torch.randn(count, generator=generator, dtype=torch.float64)
+    return (
+        keys,
+        torch.randint(0, 9, (count,), generator=generator),
+        torch.randn(count, generator=generator, dtype=torch.float64),
+    )
 
 
 def read_in_chunks(
@@ -75,14 +79,25 @@ def test_chunks_longer_than_a_search_and_windows_that_wrap(chunk: int) -> None:
 def test_among_equal_keys_the_newest_come_first(chunk: int) -> None:
     keys = torch.ones(60, 4, dtype=torch.float64)
     stream = (keys, torch.arange(60), torch.zeros(60, dtype=torch.float64))
-    # More equal keys than candidates: which of them are candidates is the search's choice, so the window is small.
-    found = read_in_chunks(10, 60, chunk, stream, 10)
-    assert found.positions[40].tolist() == list(range(39, 29, -1))
-    assert (found.squared_distances[40] == 0).all()
+    found = read_in_chunks(50, 60, chunk, stream, 3)  # many more equal keys than candidates
+    for query in (5, 40, 59):
+        assert found.positions[query].tolist() == [query - 1, query - 2, query - 3]
+    assert (found.squared_distances[5:] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_few_contexts_that_recur_all_the_time(chunk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    keys = contexts[torch.randint(0, 3, (300,), generator=generator)]
+    stream = (keys, torch.arange(300), torch.zeros(300, dtype=torch.float64))
+    assert_same(read_in_chunks(200, 300, chunk, stream, 5), search_plainly(200, stream, 5))
 
 
 def test_far_away_keys_keep_exact_distances() -> None:
     keys = torch.tensor([[1e4, 0.0], [1e4 + 1e-3, 0.0], [1e4, 2e-3], [1e4, 0.0]], dtype=torch.float64)
     found = read_in_chunks(10, 4, 4, (keys, torch.arange(4), torch.zeros(4, dtype=torch.float64)), 3)
     assert found.positions[3].tolist() == [0, 1, 2]
-    torch.testing.assert_close(found.squared_distances[3], torch.tensor([0.0, 1e-6, 4e-6], dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        found.squared_distances[3], torch.tensor([0.0, 1e-6, 4e-6], dtype=torch.float64), rtol=1e-6, atol=0
+    )

@@ -71,8 +71,8 @@ def test_a_new_block_begins_with_the_overlap() -> None:
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "gpt_neox"])
 def test_architectures_of_the_library_are_built_from_their_configuration(architecture: str) -> None:
     settings = GPT2 if architecture == "gpt2" else {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16,
-        **({} if architecture == "gpt_neox" else {"num_key_value_heads": 2}),
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 16, **({} if architecture == "gpt_neox" else {"num_key_value_heads": 2}),
     }  # fmt: skip
     config = ModelConfig(kind="transformer", architecture=architecture, settings=settings, context_length=8, context_overlap=2)
     model = build_model(config, 30).eval()
@@ -85,7 +85,7 @@ def test_architectures_of_the_library_are_built_from_their_configuration(archite
     ("settings", "message"),
     [
         ({"architecture": "no_such_model"}, r"model\.architecture 'no_such_model' with model\.settings"),
-        ({"settings": {**GPT2, "n_embd": 15}}, "with model.settings: .*"),
+        ({"settings": {**GPT2, "n_embd": 15}}, r"with model\.settings: .*"),
         ({"context_length": 64}, "model.context_length is 64, but model.settings give gpt2 only 32 positions"),
         (
             {"architecture": "cohere", "settings": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
