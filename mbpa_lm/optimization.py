@@ -101,7 +101,8 @@ def unpack_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], plain: di
     for key, value in {**tensors, **plain["values"]}.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    for parameter, entries in zip(optimizer.param_groups[0]["params"], state.values(), strict=False):
+    for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        entries = state.get(index, {})
         moments = entries.get("exp_avg", entries.get("ax"))
         if moments is not None and moments.shape != parameter.shape:
             raise ValueError(f"a moment of shape {tuple(moments.shape)} for a weight of {tuple(parameter.shape)}")

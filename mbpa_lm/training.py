@@ -122,7 +122,7 @@ class _Run:
             self.inclusion = inclusion_probabilities(self.token_counts, training.sampled_words).to(self.device)
         self.about = "~" if training.sampled_words else ""  # marks an estimate
         self.state: State | None = None
-        self.position = Position(precision=_precision(training, self.device))
+        self.position = Position(precision=_precision(training, model, self.device))
         if checkpoint:
             self._restore(checkpoint)
 
@@ -361,10 +361,23 @@ def _open_stream(config: Config, corpus: Corpus, split: str, tokenizer: Tokenize
         return open_stream(corpus, split, tokenizer, Path(config.data.token_folder), progress)
 
 
-def _precision(training: TrainingConfig, device: torch.device) -> str:
+def _precision(training: TrainingConfig, model: Model, device: torch.device) -> str:
     if training.precision == "auto":
-        return "bfloat16" if bfloat16_is_faster(device) else "float32"
+        return "bfloat16" if bfloat16_is_faster(device) and _runs_in_bfloat16(model, device) else "float32"
+    if training.precision == "bfloat16" and not _runs_in_bfloat16(model, device):
+        raise ConfigError("training.precision is bfloat16, which this processor cannot run the model in; use auto or float32")
     return training.precision
+
+
+@torch.no_grad()
+def _runs_in_bfloat16(model: Model, device: torch.device) -> bool:
+    """Try it: oneDNN has no bfloat16 LSTM on processors without AVX512."""
+    try:
+        with torch.autocast(device.type, torch.bfloat16):
+            model(torch.zeros(1, 1, dtype=torch.int64, device=device))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

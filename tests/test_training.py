@@ -58,7 +58,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     arguments = [*RECIPES[recipe], "--training.save_steps", "7"]
     assert commands.train(options(whole, *arguments)) == 0
     original = training._Run._step
-    for stop_at in (31, 85, *((135, 171) if recipe == "asgd" else ())):  # the first epoch has 60 steps
+    for stop_at in (31, 85, *((150, 230) if recipe == "asgd" else ())):  # an epoch has 68 steps
 
         def interrupted(run: training._Run, *batch: object, stop_at: int = stop_at) -> float:
             if run.position.step == stop_at:
@@ -142,10 +142,16 @@ def test_divergence_is_reported_and_the_last_checkpoint_kept(
     error = capsys.readouterr().err
     assert "training diverged at step 70: the loss is nan at learning rate" in error
     assert "in another run.folder with a lower training.learning_rate" in error
-    assert load_checkpoint(tmp_path / "run").folder.name == "step-000060"
+    assert load_checkpoint(tmp_path / "run").folder.name == "step-000068"
 
 
-def test_bfloat16_learns_too(options: Options, tmp_path: Path) -> None:
-    assert commands.train(options(tmp_path / "run", "--training.precision", "bfloat16")) == 0
+def test_bfloat16_learns_too_or_is_refused(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = commands.train(options(tmp_path / "run", "--training.precision", "bfloat16"))
+    if code == 2:
+        message = "training.precision is bfloat16, which this processor cannot run the model in; use auto or float32"
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+        return
+    assert code == 0
     assert records(tmp_path / "run")[-1]["best/perplexity"] < 110
     assert next(iter(last_weights(tmp_path / "run").values())).dtype == torch.float32

@@ -1,6 +1,7 @@
 """A model from its configuration."""
 
 from mbpa_lm.config import ModelConfig
+from mbpa_lm.errors import ConfigError
 from mbpa_lm.models.lstm import LSTMLanguageModel
 from mbpa_lm.models.transformer import TransformerLanguageModel, check_settings
 
@@ -17,4 +18,6 @@ def build_model(config: ModelConfig, vocabulary_size: int) -> Model:
     """Build an untrained model; raises ConfigError where the settings do not make one."""
     if config.kind == "lstm":
         return LSTMLanguageModel(config, vocabulary_size)
-    return TransformerLanguageModel(config, vocabulary_size)
+    if config.kind == "transformer":
+        return TransformerLanguageModel(config, vocabulary_size)
+    raise ConfigError(f"model.kind {config.kind!r} is none of lstm, transformer")

@@ -47,7 +47,10 @@ class TransformerLanguageModel(nn.Module):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
-            settings = AutoConfig.for_model(config.architecture, vocab_size=vocabulary_size, **config.settings)
+            no_special_tokens = {"bos_token_id": None, "eos_token_id": None}  # the defaults are ids of other vocabularies
+            settings = AutoConfig.for_model(
+                config.architecture, **{"vocab_size": vocabulary_size, **no_special_tokens, **config.settings}
+            )
             self.causal_lm = AutoModelForCausalLM.from_config(settings)
         except Exception as error:  # each architecture has its own ways to reject a value
             raise ConfigError(f"model.architecture {config.architecture!r} with model.settings: {reason(error)}") from None

@@ -1,16 +1,26 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mbpa_lm.config import DataConfig
 from mbpa_lm.data import text_files
-from mbpa_lm.data.corpora import SPLITS, WIKITEXT_TITLE, Corpus, open_corpus, split_documents
+from mbpa_lm.data.corpora import SPLITS, WIKITEXT_TITLE, Corpus, Piece, open_corpus, split_documents
 from mbpa_lm.data.text_files import WholeText, hold_out, read_pieces
 from mbpa_lm.errors import DataError
 
 
 def text_of(corpus: Corpus, split: str) -> str:
     return "".join(piece.text for piece in corpus.pieces(split))
+
+
+def documents(pieces: Iterator[Piece]) -> list[str]:
+    texts: list[str] = []
+    for piece in pieces:
+        if piece.starts_document:
+            texts.append("")
+        texts[-1] += piece.text
+    return texts
 
 
 def test_pieces_of_any_size_join_to_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,13 +55,8 @@ def test_documents_start_at_titles_in_whatever_pieces(tmp_path: Path, monkeypatc
     (tmp_path / "text").write_text(text)
     for piece_bytes in (20, 40, 1 << 20):
         monkeypatch.setattr(text_files, "PIECE_BYTES", piece_bytes)
-        pieces = list(split_documents(read_pieces(tmp_path / "text", 0, len(text)), WIKITEXT_TITLE))
-        documents: list[str] = []
-        for piece in pieces:
-            if piece.starts_document:
-                documents.append("")
-            documents[-1] += piece.text
-        assert documents == [text[: text.index(" = Second")], text[text.index(" = Second") :]]
+        pieces = split_documents(read_pieces(tmp_path / "text", 0, len(text)), WIKITEXT_TITLE)
+        assert documents(pieces) == [text[: text.index(" = Second")], text[text.index(" = Second") :]]
 
 
 def test_one_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -88,8 +93,7 @@ def test_a_pattern_of_blank_lines_starts_a_document_at_each_and_at_no_end(
 ) -> None:
     (tmp_path / "text").write_text("one\ntwo\n\nthree\n\nfour\n")
     monkeypatch.setattr(text_files, "PIECE_BYTES", piece_bytes)
-    starts = [piece.text.split()[0] for piece in WholeText(tmp_path / "text", r"\s*").pieces("test") if piece.starts_document]
-    assert starts == ["one", "three", "four"]
+    assert documents(WholeText(tmp_path / "text", r"\s*").pieces("test")) == ["one\ntwo\n", "\nthree\n", "\nfour\n"]
 
 
 def test_held_out_parts_are_never_empty() -> None:
