@@ -3,8 +3,8 @@
 import hashlib
 from codecs import BOM_UTF8
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from mbpa_lm.data.corpora import SPLITS, Piece, split_documents
 from mbpa_lm.errors import DataError, reason
@@ -164,7 +164,7 @@ def _files_under(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*")) if file.is_file() and not is_hidden(file)]
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     try:
         return path.open("rb")
     except OSError as error:

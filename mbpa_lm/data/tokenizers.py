@@ -238,8 +238,9 @@ def words_up_to(text: str, ends: np.ndarray) -> np.ndarray:
     """
     space, newline = _space_and_newline(text)
     starts = ~space & np.concatenate(([True], space[:-1]))
-    begun: np.ndarray = np.concatenate(([0], np.cumsum(starts | newline)))
-    return begun[ends]
+    begun = np.concatenate(([0], np.cumsum(starts | newline)))
+    words: np.ndarray = begun[ends]
+    return words
 
 
 def _words(text: str) -> list[str]:
