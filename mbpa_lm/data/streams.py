@@ -133,7 +133,7 @@ def _read(path: Path, name: str, vocabulary_size: int) -> TokenStream:
     return TokenStream(name, arrays["tokens"], arrays["characters"], arrays["words"], starts)
 
 
-def count_tokens(tokens: np.ndarray, vocabulary_size: int, block: int = 1 << 24) -> np.ndarray:
+def count_tokens(tokens: np.ndarray, vocabulary_size: int, block: int = 1 << 20) -> np.ndarray:
     """Count how often each token id occurs, in bounded memory. Returns (vocabulary_size,) int64."""
     counts = np.zeros(vocabulary_size, dtype=np.int64)
     for start in range(0, len(tokens), block):
