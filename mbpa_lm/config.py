@@ -204,17 +204,22 @@ class MemoryConfig:
     """Entries in the window: the most recent (hidden state, next token) pairs."""
     neighbours: int = 32
     """Entries retrieved for a prediction (K)."""
+    likely_words: int = 64
+    """Likeliest next words kept with an entry, for the restricted solver."""
 
     def __post_init__(self) -> None:
-        _require_positive("memory", self, "size", "neighbours")
+        _require_positive("memory", self, "size", "neighbours", "likely_words")
 
 
 @dataclass(frozen=True)
 class AdaptationConfig:
     """How the softmax layer is adapted to the neighbours (Sprechmann et al. 2018)."""
 
-    solver: Literal["dual", "reference"] = "dual"
-    """dual: exact without a copy of the weights, for sgd; reference: autograd on a copy, slow."""
+    solver: Literal["restricted", "dual", "reference"] = "restricted"
+    """restricted: moves only the words that the steps can move most, at a cost that does not depend on the vocabulary;
+    dual: the whole vocabulary, exact; reference: autograd on a copy of the layer, the definition, very slow."""
+    moved_words: int = 64
+    """restricted: words that are moved beside the neighbours' own."""
     optimizer: Literal["sgd", "rmsprop"] = "sgd"
     """Rule of a gradient step; rmsprop needs the reference solver."""
     steps: int = 1
@@ -233,7 +238,7 @@ class AdaptationConfig:
     """Whether the output layer's bias is adapted beside its weight."""
 
     def __post_init__(self) -> None:
-        _require_not_negative("adaptation", self, "steps", "alpha", "beta")
+        _require_not_negative("adaptation", self, "steps", "alpha", "beta", "moved_words")
         _require_positive("adaptation", self, "epsilon", "bandwidth")
         if self.optimizer != "sgd":
             _require("adaptation.solver", self.solver, self.solver == "reference", f"reference with {self.optimizer}")

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mbpa_lm.experts.base import Chunk, Expert
-from mbpa_lm.memory.base import Memory, Neighbours
+from mbpa_lm.memory.base import Entries, Memory, Neighbours
 from mbpa_lm.models.base import LanguageModel, State
 
 
@@ -62,20 +61,19 @@ def score_stream(
         found: Neighbours | None = None
         if any(expert.needs_neighbours for expert in experts):
             with clock.measure("memory"):
-                found = memory.read_and_write(hidden_states_Cd, targets_C, log_partitions_C, neighbours)
+                likely = base_CV.topk(min(memory.likely_words, base_CV.shape[1]), sorted=False)
+                entries = Entries(hidden_states_Cd, targets_C, log_partitions_C, likely.indices, likely.values)
+                found = memory.read_and_write(entries, neighbours)
         chunk = Chunk(hidden_states_Cd, base_CV, found)
         for expert in experts:
             with clock.measure(expert.name):
-                scores.losses[expert.name][begin:end] = _losses(expert.log_probabilities(chunk), targets_C)
+                log_probabilities_C = expert.target_log_probabilities(chunk, targets_C)
+                scores.losses[expert.name][begin:end] = -log_probabilities_C.float().cpu().numpy()
         for expert in experts:
             shared = clock.seconds["model"] + (clock.seconds["memory"] if expert.needs_neighbours else 0.0)
             scores.seconds[expert.name] = shared + clock.seconds[expert.name]
         on_progress(end, scores)
     return scores
-
-
-def _losses(log_probabilities_CV: Tensor, targets_C: Tensor) -> np.ndarray:
-    return -log_probabilities_CV.gather(1, targets_C[:, None])[:, 0].float().cpu().numpy()
 
 
 class _Clock:

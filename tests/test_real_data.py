@@ -66,7 +66,7 @@ def ptb_test(
 
 
 def make_memory(model: LSTMLanguageModel, size: int) -> WindowMemory:
-    return WindowMemory(size, model.hidden_size, torch.float32, torch.device("cpu"))
+    return WindowMemory(size, model.hidden_size, 64, torch.float32, torch.device("cpu"))
 
 
 def test_the_trained_lstm_has_its_known_perplexity(
@@ -80,7 +80,7 @@ def test_the_trained_lstm_has_its_known_perplexity(
 def test_the_memory_lowers_it_and_solvers_agree(
     trained: tuple[LSTMLanguageModel, WordTokenizer], ptb_test: TokenStream
 ) -> None:
-    model, stream = trained[0], ptb_test.first(6001)
+    model, stream = trained[0], ptb_test.first(4001)
     layer = model.output_layer()
     experts = [BaseModelExpert(), MbpaExpert(layer, AdaptationConfig())]
     scores = score_stream(model, stream.tokens, experts, make_memory(model, 5000), 32, 100)

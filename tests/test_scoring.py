@@ -11,6 +11,7 @@ from mbpa_lm.errors import AdaptationError
 from mbpa_lm.experts.base import Chunk, Expert
 from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.mbpa import MbpaExpert
+from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.base import OutputLayer
 from mbpa_lm.scoring import score_stream
@@ -18,14 +19,17 @@ from tests.conftest import small_model
 
 EXPERTS: dict[str, Callable[[OutputLayer], Expert]] = {
     "base": lambda layer: BaseModelExpert(),
-    "mbpa": lambda layer: MbpaExpert(layer, AdaptationConfig(steps=1, alpha=0.2)),
-    "mbpa of ten steps": lambda layer: MbpaExpert(layer, AdaptationConfig(steps=10, alpha=0.05, beta=0.1, kernel="gaussian")),
+    "mbpa": lambda layer: MbpaExpert(layer, AdaptationConfig(steps=1, alpha=0.2, moved_words=5)),
+    "mbpa of ten steps": lambda layer: MbpaExpert(
+        layer, AdaptationConfig(steps=10, alpha=0.05, beta=0.1, kernel="gaussian", moved_words=5)
+    ),
+    "mbpa on all words": lambda layer: MbpaExpert(layer, AdaptationConfig(solver="dual", steps=3, alpha=0.1)),
     "mbpa by reference": lambda layer: MbpaExpert(
         layer, AdaptationConfig(solver="reference", optimizer="rmsprop", steps=2, alpha=0.01, bias=False)
     ),
 }
 MODELS = ["lstm", "transformer"]
-LENGTH, WINDOW, NEIGHBOURS = 160, 50, 6
+LENGTH, WINDOW, NEIGHBOURS, LIKELY = 160, 50, 6, 8
 
 
 def random_stream(seed: int = 0) -> np.ndarray:
@@ -34,7 +38,7 @@ def random_stream(seed: int = 0) -> np.ndarray:
 
 def losses(kind: str, expert: str, tokens: np.ndarray, chunk_length: int) -> np.ndarray:
     model = small_model(kind)
-    memory = WindowMemory(WINDOW, model.hidden_size, torch.float64, torch.device("cpu"))
+    memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
     experts = [EXPERTS[expert](model.output_layer())]
     scores = score_stream(model, tokens, experts, memory, NEIGHBOURS, chunk_length)
     (values,) = scores.losses.values()
@@ -79,9 +83,12 @@ def make_chunk(model: torch.nn.Module, tokens: np.ndarray) -> Chunk:
     with torch.no_grad():
         hidden_states = model(torch.from_numpy(tokens.astype(np.int64))[None]).hidden_states[0]
         log_probabilities = model.output_layer().logits(hidden_states).log_softmax(-1)
-    memory = WindowMemory(WINDOW, model.hidden_size, torch.float64, torch.device("cpu"))
+    memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
     targets = torch.from_numpy(np.roll(tokens, -1).astype(np.int64))
-    found = memory.read_and_write(hidden_states, targets, torch.zeros(len(tokens), dtype=torch.float64), NEIGHBOURS)
+    likely = log_probabilities.topk(LIKELY)
+    log_partitions = model.output_layer().logits(hidden_states).logsumexp(-1)
+    entries = Entries(hidden_states, targets, log_partitions.detach(), likely.indices, likely.values)
+    found = memory.read_and_write(entries, NEIGHBOURS)
     return Chunk(hidden_states, log_probabilities, found)
 
 
@@ -93,9 +100,12 @@ def test_distributions_sum_to_one(kind: str, expert: str) -> None:
     assert log_probabilities.shape == (LENGTH, 30)
     torch.testing.assert_close(log_probabilities.exp().sum(-1), torch.ones(LENGTH, dtype=torch.float64))
     assert (log_probabilities <= 0).all()
+    targets = torch.from_numpy(random_stream(1).astype(np.int64))
+    of_targets = EXPERTS[expert](model.output_layer()).target_log_probabilities(make_chunk(model, random_stream()), targets)
+    torch.testing.assert_close(of_targets, log_probabilities.gather(1, targets[:, None])[:, 0], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("solver", ["dual", "reference"])
+@pytest.mark.parametrize("solver", ["restricted", "dual", "reference"])
 @pytest.mark.parametrize("nothing", [{"steps": 0}, {"alpha": 0.0}])
 def test_no_step_is_the_base_model_to_the_bit(solver: str, nothing: dict[str, float]) -> None:
     model = small_model("lstm")
@@ -119,7 +129,7 @@ def test_a_step_too_long_is_reported_by_name() -> None:
 
 def test_progress_and_time_are_told() -> None:
     model, told = small_model("lstm"), []
-    memory = WindowMemory(WINDOW, model.hidden_size, torch.float64, torch.device("cpu"))
+    memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
     experts = [make(model.output_layer()) for make in (EXPERTS["base"], EXPERTS["mbpa"])]
     scores = score_stream(model, random_stream(), experts, memory, 3, 50, lambda scored, scores: told.append(scored))
     assert told == [50, 100, 150, LENGTH - 1]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mbpa_lm.adaptation.problem import Problem, pick
 from mbpa_lm.adaptation.rule import AdaptationRule
 from mbpa_lm.errors import AdaptationError
 
@@ -21,46 +22,32 @@ NUMBERS_AT_ONCE = 1 << 24
 """Largest (B, K, V) tensor that is worked on at once; more queries are taken in turns."""
 
 
-def solve(
-    weight_Vd: Tensor,
-    bias_V: Tensor | None,
-    keys_BKd: Tensor,
-    values_BK: Tensor,
-    weights_BK: Tensor,
-    queries_Bd: Tensor,
-    rule: AdaptationRule,
-) -> Tensor:
-    """Return the adapted log-probabilities (B, V) of each query.
+def solve(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None = None) -> Tensor:
+    """Return the adapted log-probabilities (B, V) of each query, or those of the targets (B,).
 
     Raises AdaptationError for a rule whose steps leave the span of the neighbours (any but SGD).
     """
     if rule.optimizer != "sgd":
         raise AdaptationError(f"the dual solver takes sgd only, not {rule.optimizer}; use adaptation.solver reference")
-    turn = max(1, NUMBERS_AT_ONCE // (keys_BKd.shape[1] * weight_Vd.shape[0]))
-    turns = zip(keys_BKd.split(turn), values_BK.split(turn), weights_BK.split(turn), queries_Bd.split(turn), strict=True)
-    return torch.cat([_solve_some(weight_Vd, bias_V, *some, rule) for some in turns])
+    turn = max(1, NUMBERS_AT_ONCE // (problem.values_BK.shape[1] * len(problem.weight_Vd)))
+    parts = problem.split(turn)
+    targets = [None] * len(parts) if targets_B is None else targets_B.split(turn)
+    return torch.cat([pick(_solve_some(part, rule), some) for part, some in zip(parts, targets, strict=True)])
 
 
-def _solve_some(
-    weight_Vd: Tensor,
-    bias_V: Tensor | None,
-    keys_BKd: Tensor,
-    values_BK: Tensor,
-    weights_BK: Tensor,
-    queries_Bd: Tensor,
-    rule: AdaptationRule,
-) -> Tensor:
-    one = 1.0 if rule.adapt_bias and bias_V is not None else 0.0
-    base_logits_BKV = linear(keys_BKd, weight_Vd, bias_V)
+def _solve_some(problem: Problem, rule: AdaptationRule) -> Tensor:
+    keys_BKd, queries_Bd = problem.keys_BKd, problem.queries_Bd
+    one = problem.bias_as_input if rule.adapt_bias else 0.0
+    base_logits_BKV = linear(keys_BKd, problem.weight_Vd, problem.bias_V)
     gram_BKK = keys_BKd @ keys_BKd.mT + one
-    pull_BK1 = rule.alpha * weights_BK[..., None]
+    pull_BK1 = rule.alpha * problem.weights_BK[..., None]
     moved_BKV: Tensor | None = None  # the vectors a_k, None while they are zero
     for _ in range(rule.steps):
         logits = base_logits_BKV if moved_BKV is None else torch.baddbmm(base_logits_BKV, gram_BKK, moved_BKV)
         gradient_BKV = torch.softmax(logits, dim=-1).mul_(-pull_BK1)
-        gradient_BKV.scatter_add_(2, values_BK[..., None], pull_BK1)
+        gradient_BKV.scatter_add_(2, problem.values_BK[..., None], pull_BK1)
         moved_BKV = gradient_BKV if moved_BKV is None else gradient_BKV.add_(moved_BKV, alpha=1 - rule.alpha * rule.beta)
-    logits_BV = linear(queries_Bd, weight_Vd, bias_V)
+    logits_BV = linear(queries_Bd, problem.weight_Vd, problem.bias_V)
     if moved_BKV is not None:
         towards_BK = (keys_BKd @ queries_Bd[..., None])[..., 0] + one
         logits_BV = logits_BV + (towards_BK[:, None] @ moved_BKV)[:, 0]

@@ -8,29 +8,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mbpa_lm.adaptation.problem import Problem, pick
 from mbpa_lm.adaptation.rule import AdaptationRule
 from mbpa_lm.errors import AdaptationError
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
 
 
-def solve(
-    weight_Vd: Tensor,
-    bias_V: Tensor | None,
-    keys_BKd: Tensor,
-    values_BK: Tensor,
-    weights_BK: Tensor,
-    queries_Bd: Tensor,
-    rule: AdaptationRule,
-) -> Tensor:
-    """Return the adapted log-probabilities (B, V) of each query. The given layer is not changed.
+def solve(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None = None) -> Tensor:
+    """Return the adapted log-probabilities (B, V) of each query, or those of the targets (B,). The layer is not changed.
 
     Raises AdaptationError for an optimizer that it does not know.
     """
     if rule.optimizer not in OPTIMIZERS:
         raise AdaptationError(f"adaptation.optimizer {rule.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
-    queries = zip(keys_BKd, values_BK, weights_BK, queries_Bd, strict=True)
-    return torch.stack([_solve_one(weight_Vd, bias_V, *query, rule) for query in queries])
+    queries = zip(problem.keys_BKd, problem.values_BK, problem.weights_BK, problem.queries_Bd, strict=True)
+    return pick(torch.stack([_solve_one(problem.weight_Vd, problem.bias_V, *query, rule) for query in queries]), targets_B)
 
 
 @torch.enable_grad()

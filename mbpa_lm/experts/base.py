@@ -27,5 +27,9 @@ class Expert(Protocol):
     needs_neighbours: bool
 
     def log_probabilities(self, chunk: Chunk) -> Tensor:
-        """Return the log-probabilities (C, V) of the next token at each position."""
+        """Return the log-probabilities (C, V) of the next token at each position, as generation needs them."""
+        ...
+
+    def target_log_probabilities(self, chunk: Chunk, targets: Tensor) -> Tensor:
+        """Return the log-probabilities (C,) of given tokens (C,), as evaluation needs them."""
         ...

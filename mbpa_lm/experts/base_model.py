@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from mbpa_lm.adaptation.problem import pick
 from mbpa_lm.experts.base import Chunk
 
 
@@ -13,3 +14,6 @@ class BaseModelExpert:
 
     def log_probabilities(self, chunk: Chunk) -> Tensor:
         return chunk.base_log_probabilities
+
+    def target_log_probabilities(self, chunk: Chunk, targets: Tensor) -> Tensor:
+        return pick(chunk.base_log_probabilities, targets)

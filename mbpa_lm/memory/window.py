@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mbpa_lm.errors import MbpaError
-from mbpa_lm.memory.base import Neighbours
+from mbpa_lm.memory.base import Entries, Neighbours
 
 try:
     import faiss
@@ -38,34 +38,37 @@ SPARE_CANDIDATES = 8
 class WindowMemory:
     """A sliding window over the last `size` entries."""
 
-    def __init__(self, size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: int, hidden_size: int, likely_words: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.likely_words = likely_words
         self._size = size
         self._capacity = 2 * size + QUERIES_AT_ONCE
-        self._keys = torch.empty(self._capacity, hidden_size, dtype=dtype, device=device)
-        self._values = torch.empty(self._capacity, dtype=torch.int64, device=device)
-        self._log_partitions = torch.empty(self._capacity, dtype=dtype, device=device)
+        self._stored = Entries(
+            keys=torch.empty(self._capacity, hidden_size, dtype=dtype, device=device),
+            values=torch.empty(self._capacity, dtype=torch.int64, device=device),
+            log_partitions=torch.empty(self._capacity, dtype=dtype, device=device),
+            likely_words=torch.empty(self._capacity, likely_words, dtype=torch.int64, device=device),
+            likely_log_probabilities=torch.empty(self._capacity, likely_words, dtype=dtype, device=device),
+        )
         self._end = 0  # entries lie in [end - len(self), end) of the tensors
         self._written = 0
 
     def __len__(self) -> int:
         return min(self._written, self._size)
 
-    def read_and_write(self, hidden_states: Tensor, next_tokens: Tensor, log_partitions: Tensor, count: int) -> Neighbours:
+    def read_and_write(self, entries: Entries, count: int) -> Neighbours:
         """See `Memory.read_and_write`."""
-        parts = [
-            self._read_and_write_some(*some, count)
-            for some in zip(
-                hidden_states.split(QUERIES_AT_ONCE),
-                next_tokens.split(QUERIES_AT_ONCE),
-                log_partitions.split(QUERIES_AT_ONCE),
-                strict=True,
-            )
-        ]
-        return Neighbours(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+        pieces = zip(*(tensor.split(QUERIES_AT_ONCE) for tensor in entries.tensors()), strict=True)
+        parts = [self._read_and_write_some(Entries(*piece), count) for piece in pieces]
+        return Neighbours(
+            Entries(*(torch.cat(column) for column in zip(*(part.entries.tensors() for part in parts), strict=True))),
+            torch.cat([part.squared_distances for part in parts]),
+            torch.cat([part.positions for part in parts]),
+        )
 
-    def _read_and_write_some(self, queries_Cd: Tensor, next_tokens: Tensor, log_partitions: Tensor, count: int) -> Neighbours:
+    def _read_and_write_some(self, entries: Entries, count: int) -> Neighbours:
+        queries_Cd = entries.keys
         chunk, before = len(queries_Cd), len(self)
-        first = self._append(queries_Cd, next_tokens, log_partitions)  # where the chunk's own entries begin
+        first = self._append(entries)  # where the chunk's own entries begin
         oldest = first - before
         all_see = max(oldest, min(first, first + chunk - 1 - self._size))  # every query sees [all_see, first)
         seen_by_some = torch.cat([torch.arange(oldest, all_see), torch.arange(first, first + chunk - 1)])
@@ -79,17 +82,17 @@ class WindowMemory:
             rows[query], distances[query] = self._nearest(queries_Cd[query : query + 1], visible, count)
         return self._neighbours(rows, distances)
 
-    def _append(self, keys: Tensor, values: Tensor, log_partitions: Tensor) -> int:
-        if self._end + len(keys) > self._capacity:
+    def _append(self, entries: Entries) -> int:
+        chunk = len(entries.keys)
+        if self._end + chunk > self._capacity:
             kept = slice(self._end - len(self), self._end)
-            for tensor in (self._keys, self._values, self._log_partitions):
-                tensor[: len(self)] = tensor[kept].clone()
+            for stored in self._stored.tensors():
+                stored[: len(self)] = stored[kept].clone()
             self._end = len(self)
-        first, self._end = self._end, self._end + len(keys)
-        self._keys[first : self._end] = keys
-        self._values[first : self._end] = values
-        self._log_partitions[first : self._end] = log_partitions
-        self._written += len(keys)
+        first, self._end = self._end, self._end + chunk
+        for stored, new in zip(self._stored.tensors(), entries.tensors(), strict=True):
+            stored[first : self._end] = new
+        self._written += chunk
         return first
 
     def _search(self, queries_Cd: Tensor, begin: int, end: int, count: int) -> Tensor:
@@ -97,7 +100,7 @@ class WindowMemory:
         count = min(count, end - begin)
         if count == 0:
             return torch.empty(len(queries_Cd), 0, dtype=torch.int64, device=queries_Cd.device)
-        keys_Nd = self._keys[begin:end]
+        keys_Nd = self._stored.keys[begin:end]
         if queries_Cd.device.type == "cpu":
             _, rows = faiss.knn(queries_Cd.float().contiguous().numpy(), keys_Nd.float().contiguous().numpy(), count)
             return begin + torch.from_numpy(rows)
@@ -107,7 +110,7 @@ class WindowMemory:
         """Return the nearest of `rows` (n,) that each query may see, -1 where there is none: (C, min(n, count))."""
         own = first + torch.arange(len(queries_Cd), device=rows.device)[:, None]  # (C, 1): where each query is stored
         hidden = (rows >= own) | (rows < own - self._size)
-        distances = _squared_distances(queries_Cd, self._keys[rows]).masked_fill(hidden, math.inf)
+        distances = _squared_distances(queries_Cd, self._stored.keys[rows]).masked_fill(hidden, math.inf)
         nearest, columns = distances.topk(min(count, len(rows)), largest=False)
         return rows[columns].masked_fill(nearest.isinf(), -1)
 
@@ -117,7 +120,7 @@ class WindowMemory:
         if rows.shape[1] < count:
             rows = torch.cat([rows, rows.new_full((chunk, count - rows.shape[1]), -1)], dim=1)
         rows = rows.sort(dim=1, descending=True).values  # newer first, kept so among equal distances
-        differences = self._keys[rows.clamp(min=0)] - queries_Cd[:, None]
+        differences = self._stored.keys[rows.clamp(min=0)] - queries_Cd[:, None]
         distances = differences.square_().sum(-1).masked_fill_(rows < 0, math.inf)
         distances, order = distances.sort(dim=1, stable=True)
         return rows.gather(1, order)[:, :count], distances[:, :count]
@@ -128,7 +131,7 @@ class WindowMemory:
         for rows in candidates:
             if rows.shape[1] < count + SPARE_CANDIDATES:  # a search that left nothing out
                 continue
-            last_Cd = self._keys[rows[:, -1].clamp(min=0)]
+            last_Cd = self._stored.keys[rows[:, -1].clamp(min=0)]
             farthest_C = (last_Cd - queries_Cd).square().sum(-1)
             rounding_C = ROUNDING * (last_Cd.square().sum(-1) + queries_Cd.square().sum(-1))
             doubtful_C |= (rows[:, -1] >= 0) & (farthest_C <= distances_CK[:, -1] + rounding_C)
@@ -137,13 +140,10 @@ class WindowMemory:
     def _neighbours(self, rows: Tensor, distances: Tensor) -> Neighbours:
         empty, filled = rows < 0, rows.clamp(min=0)
         positions = filled + (self._written - self._end)
-        return Neighbours(
-            keys=self._keys[filled].masked_fill_(empty[..., None], 0),
-            values=self._values[filled].masked_fill_(empty, 0),
-            log_partitions=self._log_partitions[filled].masked_fill_(empty, 0),
-            squared_distances=distances,
-            positions=positions.masked_fill_(empty, -1),
-        )
+        found = [stored[filled] for stored in self._stored.tensors()]
+        for tensor in found:
+            tensor[empty] = 0
+        return Neighbours(Entries(*found), distances, positions.masked_fill_(empty, -1))
 
 
 def _squared_distances(queries_Cd: Tensor, keys_Nd: Tensor) -> Tensor:

@@ -1,18 +1,20 @@
 """The paper's method against cases worked by hand, and every solver against the reference."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbpa_lm.adaptation import dual, reference
+from mbpa_lm.adaptation import dual, reference, restricted
 from mbpa_lm.adaptation.kernels import inverse_distance, neighbour_weights
+from mbpa_lm.adaptation.problem import Problem
 from mbpa_lm.adaptation.rule import AdaptationRule
 from mbpa_lm.errors import AdaptationError
 
-SOLVERS = {"reference": reference.solve, "dual": dual.solve}
+SOLVERS = {"reference": reference.solve, "dual": dual.solve, "restricted": restricted.solve}
 
 
 def sigmoid(x: float) -> float:
@@ -30,8 +32,8 @@ def two_words_two_memories(solver: str, rule: AdaptationRule) -> float:
     weights = neighbour_weights(inverse_distance(1.0)((keys - query[:, None]).square().sum(-1)))
     torch.testing.assert_close(weights, torch.tensor([[5 / 6, 1 / 6]], **double))
     layer = torch.zeros(2, 1, **double), torch.zeros(2, **double)
-    log_probabilities = SOLVERS[solver](*layer, keys, torch.tensor([[0, 1]]), weights, query, rule)
-    return math.exp(log_probabilities[0, 0])
+    problem = Problem(*layer, keys, torch.tensor([[0, 1]]), weights, query).with_base(2)
+    return math.exp(SOLVERS[solver](problem, rule)[0, 0])
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -59,8 +61,8 @@ def test_rmsprop_by_hand() -> None:
 
 
 def random_problem(
-    B: int, K: int, V: int, d: int, seed: int, bias: bool = True, dtype: torch.dtype = torch.float64
-) -> tuple[torch.Tensor | None, ...]:
+    B: int, K: int, V: int, d: int, seed: int, bias: bool = True, dtype: torch.dtype = torch.float64, likely: int = 100
+) -> Problem:
     """A layer, neighbours with duplicate keys and values, some of no weight, and queries."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(B, K, d, generator=generator, dtype=dtype)
@@ -70,14 +72,13 @@ def random_problem(
     weights[:, K - 1 :] = 0 if K > 1 else 1
     weights = weights / weights.sum(1, keepdim=True)
     layer = torch.randn(V, d, generator=generator, dtype=dtype)
-    return (
-        layer,
-        torch.randn(V, generator=generator, dtype=dtype) if bias else None,
-        keys,
-        values,
-        weights,
-        torch.randn(B, d, generator=generator, dtype=dtype),
-    )
+    layer_bias = torch.randn(V, generator=generator, dtype=dtype) if bias else None
+    queries = torch.randn(B, d, generator=generator, dtype=dtype)
+    return Problem(layer, layer_bias, keys, values, weights, queries).with_base(likely)
+
+
+def base_log_probabilities(problem: Problem) -> torch.Tensor:
+    return torch.log_softmax(torch.nn.functional.linear(problem.queries_Bd, problem.weight_Vd, problem.bias_V), -1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -85,54 +86,86 @@ def random_problem(
     *(st.integers(1, 5), st.integers(1, 9), st.integers(1, 12), st.integers(1, 6), st.integers(0, 9)),
     *(st.integers(0, 50), st.floats(0.0, 0.5), st.floats(0.0, 1.0), st.booleans(), st.booleans()),
 )
-def test_dual_is_the_reference(
+def test_dual_and_unrestricted_are_the_reference(
     B: int, K: int, V: int, d: int, seed: int, steps: int, alpha: float, beta: float, bias: bool, adapt_bias: bool
 ) -> None:
     problem = random_problem(B, K, V, d, seed, bias)
     rule = AdaptationRule(steps, alpha, beta, adapt_bias=adapt_bias)
-    torch.testing.assert_close(dual.solve(*problem, rule), reference.solve(*problem, rule), atol=1e-10, rtol=0)
+    expected = reference.solve(problem, rule)
+    torch.testing.assert_close(dual.solve(problem, rule), expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(restricted.solve(problem, rule, moved_words=V), expected, atol=1e-8, rtol=0)
 
 
-def test_dual_is_the_reference_in_single_precision_and_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("solver", ["dual", "restricted"])
+def test_single_precision_and_turns(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, rule = random_problem(7, 8, 40, 16, 0, dtype=torch.float32), AdaptationRule(10, 0.1, 0.1)
-    expected = reference.solve(*problem, rule)
-    torch.testing.assert_close(dual.solve(*problem, rule), expected, atol=1e-4, rtol=0)
+    expected = reference.solve(problem, rule)
+    torch.testing.assert_close(SOLVERS[solver](problem, rule), expected, atol=1e-4, rtol=0)
     monkeypatch.setattr(dual, "NUMBERS_AT_ONCE", 2 * 8 * 40)
-    torch.testing.assert_close(dual.solve(*problem, rule), expected, atol=1e-4, rtol=0)
+    monkeypatch.setattr(restricted, "QUERIES_AT_ONCE", 2)
+    torch.testing.assert_close(SOLVERS[solver](problem, rule), expected, atol=1e-4, rtol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    *(st.integers(1, 4), st.integers(1, 9), st.integers(1, 60), st.integers(1, 6), st.integers(0, 9)),
+    *(st.integers(0, 12), st.floats(0.0, 50.0), st.integers(1, 70), st.integers(0, 70)),
+)
+def test_restricted_distributions_sum_to_one_whatever_is_left_out(
+    B: int, K: int, V: int, d: int, seed: int, steps: int, alpha: float, likely: int, moved: int
+) -> None:
+    problem, rule = random_problem(B, K, V, d, seed, likely=likely), AdaptationRule(steps, alpha)
+    adapted = restricted.solve(problem, rule, moved_words=moved)
+    assert torch.isfinite(adapted).all()
+    torch.testing.assert_close(adapted.exp().sum(-1), torch.ones(B, dtype=torch.float64), atol=1e-9, rtol=0)
+    targets = torch.arange(B) % V
+    of_targets = restricted.solve(problem, rule, targets, moved_words=moved)
+    torch.testing.assert_close(of_targets, adapted.gather(1, targets[:, None])[:, 0], atol=1e-9, rtol=1e-9)
+
+
+def test_more_moved_words_come_closer_and_the_first_order_helps() -> None:
+    problem, rule = random_problem(20, 8, 2000, 12, 0, likely=60), AdaptationRule(5, 0.1)
+    exact = dual.solve(problem, rule)
+    errors = [float((restricted.solve(problem, rule, moved_words=moved) - exact).abs().mean()) for moved in (0, 20, 200)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 2e-3
+    nothing_listed = random_problem(20, 8, 2000, 12, 0, likely=1)
+    assert float((restricted.solve(nothing_listed, rule, moved_words=0) - exact).abs().mean()) > 3 * errors[0]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_distributions_sum_to_one_and_the_layer_is_left_alone(solver: str) -> None:
     problem = random_problem(4, 6, 11, 5, 1)
-    before = [tensor.clone() for tensor in problem if tensor is not None]
-    adapted = SOLVERS[solver](*problem, AdaptationRule(5, 0.3))
+    before = problem.weight_Vd.clone()
+    adapted = SOLVERS[solver](problem, AdaptationRule(5, 0.3))
     torch.testing.assert_close(adapted.exp().sum(-1), torch.ones(4, dtype=torch.float64))
-    assert all(torch.equal(tensor, kept) for tensor, kept in zip(problem, before, strict=True))
+    assert torch.equal(problem.weight_Vd, before)
     assert not adapted.requires_grad
+    targets = torch.tensor([3, 0, 10, 3])
+    of_targets = SOLVERS[solver](problem, AdaptationRule(5, 0.3), targets)
+    torch.testing.assert_close(of_targets, adapted.gather(1, targets[:, None])[:, 0])
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("rule", [AdaptationRule(0, 0.3), AdaptationRule(3, 0.0), AdaptationRule(0, 0.0, 1.0)])
 def test_no_step_is_the_base_model(solver: str, rule: AdaptationRule) -> None:
     problem = random_problem(4, 6, 11, 5, 1)
-    weight, bias, queries = problem[0], problem[1], problem[5]
-    expected = torch.log_softmax(torch.nn.functional.linear(queries, weight, bias), -1)
-    torch.testing.assert_close(SOLVERS[solver](*problem, rule), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(SOLVERS[solver](problem, rule), base_log_probabilities(problem), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_step_raises_the_neighbours_words(solver: str) -> None:
     problem = random_problem(4, 1, 11, 5, 1)
-    weight, bias, keys, values, weights, _ = problem
-    queries = keys[:, 0]
-    base = torch.log_softmax(torch.nn.functional.linear(queries, weight, bias), -1)
-    adapted = SOLVERS[solver](weight, bias, keys, values, weights, queries, AdaptationRule(1, 0.1))
-    assert (adapted.gather(1, values) > base.gather(1, values)).all()
+    problem = replace(problem, queries_Bd=problem.keys_BKd[:, 0]).with_base(11)
+    adapted = SOLVERS[solver](problem, AdaptationRule(1, 0.1))
+    assert (adapted.gather(1, problem.values_BK) > base_log_probabilities(problem).gather(1, problem.values_BK)).all()
 
 
 def test_an_optimizer_that_a_solver_does_not_offer_is_named() -> None:
-    problem = random_problem(1, 2, 3, 2, 0)
-    with pytest.raises(AdaptationError, match="takes sgd only, not rmsprop"):
-        dual.solve(*problem, AdaptationRule(1, 0.1, optimizer="rmsprop"))
+    problem, rmsprop = random_problem(1, 2, 3, 2, 0), AdaptationRule(1, 0.1, optimizer="rmsprop")
+    with pytest.raises(AdaptationError, match="dual solver takes sgd only, not rmsprop"):
+        dual.solve(problem, rmsprop)
+    with pytest.raises(AdaptationError, match="restricted solver takes sgd only, not rmsprop"):
+        restricted.solve(problem, rmsprop)
     with pytest.raises(AdaptationError, match="'newton' is none of sgd, rmsprop"):
-        reference.solve(*problem, AdaptationRule(1, 0.1, optimizer="newton"))
+        reference.solve(problem, AdaptationRule(1, 0.1, optimizer="newton"))
