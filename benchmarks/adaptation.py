@@ -4,8 +4,8 @@
     python benchmarks/adaptation.py --quick --output runs/adaptation.json     # V 10k, 33k; K 32; T 1, 10; d 400
 
 Random layers and hidden states; neighbours are noisy copies of the query, their words drawn from the base model at the key.
-"base" is logits and log-sum-exp of the layer, what any evaluation computes. "peer" is the way of the research code that copies the
-layer: the reference solver. All in float32, microseconds a query, the best of several runs over the same queries.
+"base" is the log-softmax of the layer, as in any evaluation. "peer" is the way of research code, a copy of the layer and
+autograd: the reference solver. All in float32, microseconds a query, the best of several runs over the same queries.
 The floor is the larger of operations at this machine's measured matrix-product rate and bytes at its measured copy rate.
 """
 

@@ -222,9 +222,9 @@ class AdaptationConfig:
     """restricted: words that are moved beside the neighbours' own."""
     optimizer: Literal["sgd", "rmsprop"] = "sgd"
     """Rule of a gradient step; rmsprop needs the reference solver."""
-    steps: int = 1
+    steps: int = 10
     """Gradient steps for a prediction (T); 0 leaves the base model."""
-    alpha: float = 0.15
+    alpha: float = 0.05
     """Size of a gradient step; 0 leaves the base model."""
     beta: float = 0.0
     """Strength of the pull back to the trained weights."""
@@ -252,7 +252,7 @@ class EvaluationConfig:
     """Split of the corpus that is scored."""
     text: str | None = None
     """Score this text file or folder of files instead, with the checkpoint's tokenizer."""
-    chunk_length: int = 100
+    chunk_length: int = 256
     """Tokens processed at once; it changes speed and memory, never a result beyond rounding."""
     max_tokens: int = 0
     """Score only so many first tokens of the stream; 0: all."""
