@@ -21,18 +21,17 @@ from torch.nn.functional import cross_entropy
 from mbpa_lm.checkpoint import (
     Checkpoint,
     TrainingPosition,
-    check_same_settings,
     find_checkpoint,
     has_checkpoint,
-    load_checkpoint,
     save_checkpoint,
 )
-from mbpa_lm.config import Config, TrainingConfig
-from mbpa_lm.data.corpora import Corpus, Piece, open_corpus
+from mbpa_lm.config import Config
+from mbpa_lm.data.corpora import Corpus, open_corpus
+from mbpa_lm.data.pieces import Piece
 from mbpa_lm.data.streams import SequenceBatches, TokenStream, count_tokens, open_stream
 from mbpa_lm.data.tokenizers import Tokenizer, make_tokenizer
-from mbpa_lm.errors import CheckpointError, ConfigError, DataError
-from mbpa_lm.machine import bfloat16_is_faster, pick_device
+from mbpa_lm.errors import CheckpointError, ConfigError
+from mbpa_lm.machine import pick_device
 from mbpa_lm.metrics import perplexity
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model, build_model, check_model
@@ -45,12 +44,12 @@ from mbpa_lm.optimization import (
     start_averaging,
     unpack_optimizer,
 )
+from mbpa_lm.precision import choose_precision
 from mbpa_lm.progress import ProgressBar, console, token_progress
+from mbpa_lm.resume import checkpoint_to_resume
 from mbpa_lm.sampled_softmax import inclusion_probabilities, sampled_cross_entropy
 from mbpa_lm.tracking import RunLog
-
-FREE_TO_CHANGE = ("training.save_steps", "training.patience")
-"""Settings that a resumed run may change: they decide when it saves and stops, not what it computes."""
+from mbpa_lm.validation import validation_batches, validation_loss
 
 
 @dataclass
@@ -86,7 +85,7 @@ def train(config: Config, resume: bool = False) -> TrainingResult:
         raise ConfigError(f"run.folder {run_folder} already holds a run; add --resume to go on with it, or name another folder")
     check_model(config.model)
     corpus = open_corpus(config.data)
-    checkpoint = _checkpoint_to_resume(run_folder, config, corpus) if resume else None
+    checkpoint = checkpoint_to_resume(run_folder, config, corpus) if resume else None
     tokenizer = checkpoint.tokenizer if checkpoint else _make_tokenizer(config, corpus)
     streams = {split: _open_stream(config, corpus, split, tokenizer) for split in ("train", "valid")}
     torch.manual_seed(config.run.seed)
@@ -122,7 +121,7 @@ class _Run:
             self.inclusion = inclusion_probabilities(self.token_counts, training.sampled_words).to(self.device)
         self.about = "~" if training.sampled_words else ""  # marks an estimate
         self.state: State | None = None
-        self.position = Position(precision=_precision(training, model, self.device))
+        self.position = Position(precision=choose_precision(training.precision, model, self.device))
         if checkpoint:
             self._restore(checkpoint)
 
@@ -294,57 +293,6 @@ class _Run:
             raise CheckpointError(f"{checkpoint.folder} cannot be resumed: its training state is damaged ({error})") from None
 
 
-def validation_batches(stream: TokenStream, training: TrainingConfig) -> SequenceBatches:
-    """Cut the validation text into as many rows as it has room for, up to the configured number."""
-    rows = min(training.validation_rows, (len(stream) - 1) // training.sequence_length - 1)
-    if rows < 1:
-        raise DataError(
-            f"{stream.name} has {len(stream)} tokens, but with training.sequence_length {training.sequence_length} validation "
-            f"needs at least {2 * training.sequence_length + 1}; give more text or make it smaller"
-        )
-    return SequenceBatches(stream.tokens, rows, training.sequence_length)
-
-
-@torch.no_grad()
-def validation_loss(model: Model, batches: SequenceBatches, device: torch.device) -> float:
-    """Return the mean loss in nats a token over rows read side by side, each from an empty state."""
-    model.eval()
-    total, count = 0.0, 0
-    state: State | None = None
-    for inputs, targets in batches.batches(seed=0, epoch=0):
-        output = model(torch.from_numpy(inputs).to(device), state)
-        state = output.state
-        logits = model.output_layer().logits(output.hidden_states).float()
-        total += float(cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).to(device).flatten(), reduction="sum"))
-        count += targets.size
-    return total / count
-
-
-def _checkpoint_to_resume(run_folder: Path, config: Config, corpus: Corpus) -> Checkpoint | None:
-    if not has_checkpoint(run_folder):
-        console.print(f"no checkpoint in {run_folder} yet: training from the beginning")
-        return None
-    folder = find_checkpoint(run_folder, "last")
-    check_same_settings(folder, config)
-    checkpoint = load_checkpoint(folder, with_position=True)
-    assert checkpoint.position is not None
-    if any(checkpoint.corpus[split] != corpus.fingerprint(split) for split in ("train", "valid")):
-        raise CheckpointError(
-            f"{folder} was trained on another text ({checkpoint.corpus['name']}) than {corpus.name} is now; "
-            f"resume with the same text, or start another run.folder"
-        )
-    values = checkpoint.position.values
-    saved = {"run.seed": values["seed"], **{f"training.{name}": value for name, value in values["training"].items()}}
-    wanted = {"run.seed": config.run.seed, **{f"training.{name}": value for name, value in asdict(config.training).items()}}
-    for name, value in wanted.items():
-        if saved.get(name) != value and name not in FREE_TO_CHANGE:
-            raise CheckpointError(
-                f"{folder} was trained with {name} {saved.get(name)!r}, the configuration says {value!r}; resume with the "
-                f"same values, or start another run.folder"
-            )
-    return checkpoint
-
-
 def _make_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
     with ProgressBar(f"reading {corpus.name} for a {config.tokenizer.kind} vocabulary", None, unit="characters") as progress:
 
@@ -359,25 +307,6 @@ def _make_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
 def _open_stream(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer) -> TokenStream:
     with token_progress(f"tokenizing {corpus.name} {split}") as progress:
         return open_stream(corpus, split, tokenizer, Path(config.data.token_folder), progress)
-
-
-def _precision(training: TrainingConfig, model: Model, device: torch.device) -> str:
-    if training.precision == "auto":
-        return "bfloat16" if bfloat16_is_faster(device) and _runs_in_bfloat16(model, device) else "float32"
-    if training.precision == "bfloat16" and not _runs_in_bfloat16(model, device):
-        raise ConfigError("training.precision is bfloat16, which this processor cannot run the model in; use auto or float32")
-    return training.precision
-
-
-@torch.no_grad()
-def _runs_in_bfloat16(model: Model, device: torch.device) -> bool:
-    """Try it: oneDNN has no bfloat16 LSTM on processors without AVX512."""
-    try:
-        with torch.autocast(device.type, torch.bfloat16):
-            model(torch.zeros(1, 1, dtype=torch.int64, device=device))
-    except RuntimeError:
-        return False
-    return True
 
 
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

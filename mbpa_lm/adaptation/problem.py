@@ -53,8 +53,14 @@ class Problem:
 
     def _rows(self, rows: slice) -> "Problem":
         base = self.base and BaseSoftmax(*(getattr(self.base, field.name)[rows] for field in fields(BaseSoftmax)))
-        some = (self.keys_BKd, self.values_BK, self.weights_BK, self.queries_Bd)
-        return Problem(self.weight_Vd, self.bias_V, *(tensor[rows] for tensor in some), base)
+        return replace(
+            self,
+            keys_BKd=self.keys_BKd[rows],
+            values_BK=self.values_BK[rows],
+            weights_BK=self.weights_BK[rows],
+            queries_Bd=self.queries_Bd[rows],
+            base=base,
+        )
 
 
 def pick(log_probabilities_BV: Tensor, targets_B: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from mbpa_lm.data.corpora import Piece
+from mbpa_lm.data.pieces import Piece
 from mbpa_lm.data.text_files import hold_out
 from mbpa_lm.errors import DataError
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mbpa_lm.data.corpora import Piece, split_documents
+from mbpa_lm.data.pieces import Piece, split_documents
 from mbpa_lm.errors import DataError, reason
 
 ROWS_A_PIECE = 4096

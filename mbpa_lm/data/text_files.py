@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from mbpa_lm.data.corpora import SPLITS, Piece, split_documents
+from mbpa_lm.data.pieces import SPLITS, Piece, split_documents
 from mbpa_lm.errors import DataError, reason
 
 PIECE_BYTES = 1 << 20

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from mbpa_lm.config import TokenizerConfig
-from mbpa_lm.data.corpora import Piece
+from mbpa_lm.data.pieces import Piece
 from mbpa_lm.errors import CheckpointError, ConfigError, DataError, reason
 
 END_OF_LINE = "<eos>"
@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
     vocabulary_size: int
 
     def encode(self, text: str) -> Encoded:
-        """Encode a piece of a document (`corpora.Piece`)."""
+        """Encode a piece of a document (`pieces.Piece`)."""
         ...
 
     def token(self, index: int) -> str:

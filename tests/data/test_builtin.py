@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from mbpa_lm.data.builtin import BuiltinCorpus
-from mbpa_lm.data.corpora import SPLITS
+from mbpa_lm.data.pieces import SPLITS
 
 
 @pytest.fixture(scope="module")

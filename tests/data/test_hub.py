@@ -6,7 +6,8 @@ import pytest
 
 from mbpa_lm.config import DataConfig
 from mbpa_lm.data import hub
-from mbpa_lm.data.corpora import SPLITS, open_corpus
+from mbpa_lm.data.corpora import open_corpus
+from mbpa_lm.data.pieces import SPLITS
 from mbpa_lm.errors import DataError
 
 ROWS = {

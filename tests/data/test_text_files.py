@@ -5,7 +5,8 @@ import pytest
 
 from mbpa_lm.config import DataConfig
 from mbpa_lm.data import text_files
-from mbpa_lm.data.corpora import SPLITS, WIKITEXT_TITLE, Corpus, Piece, open_corpus, split_documents
+from mbpa_lm.data.corpora import WIKITEXT_TITLE, Corpus, open_corpus
+from mbpa_lm.data.pieces import SPLITS, Piece, split_documents
 from mbpa_lm.data.text_files import WholeText, hold_out, read_pieces
 from mbpa_lm.errors import DataError
 

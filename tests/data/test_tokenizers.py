@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbpa_lm.data.corpora import Piece
+from mbpa_lm.data.pieces import Piece
 from mbpa_lm.data.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
