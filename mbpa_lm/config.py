@@ -239,7 +239,12 @@ class AdaptationConfig:
 
     def __post_init__(self) -> None:
         _require_not_negative("adaptation", self, "steps", "alpha", "beta", "moved_words")
-        _require_positive("adaptation", self, "epsilon", "bandwidth")
+        _require("adaptation.epsilon", self.epsilon, self.epsilon >= 1e-12, "at least 1e-12")
+        _require("adaptation.bandwidth", self.bandwidth, self.bandwidth >= 1e-6, "at least 1e-6")
+        if self.alpha * self.beta > 1:
+            _require(
+                "adaptation.beta", self.beta, False, f"at most 1 / adaptation.alpha ({1 / self.alpha:g}), or steps diverge"
+            )
         if self.optimizer != "sgd":
             _require("adaptation.solver", self.solver, self.solver == "reference", f"reference with {self.optimizer}")
 

@@ -42,7 +42,8 @@ def evaluate(config: Config, checkpoint_path: Path) -> dict[str, Any]:
     model = checkpoint.model.to(pick_device(config.run.device)).eval()
     layer = model.output_layer()
     experts: list[Expert] = [BaseModelExpert(), MbpaExpert(layer, config.adaptation)]
-    likely_words = config.memory.likely_words if config.adaptation.solver == "restricted" else 0
+    kept = min(config.memory.likely_words, model.vocabulary_size)
+    likely_words = kept if config.adaptation.solver == "restricted" else 0
     memory = WindowMemory(config.memory.size, model.hidden_size, likely_words, layer.weight.dtype, layer.weight.device)
     with RunLog(Path(config.run.folder), config.tracking.mode, config.tracking.project, "evaluate", asdict(config)) as log:
         with ProgressBar(f"scoring {stream.name}", len(stream) - 1) as progress:

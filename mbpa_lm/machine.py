@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
 def bfloat16_is_faster(device: torch.device, size: int = 1024, repeats: int = 3) -> bool:
     """Measure whether matrix products are at least 1.5 times as fast in bfloat16 as in float32 here."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
     def seconds(dtype: torch.dtype) -> float:
         left = torch.ones(size, size, dtype=dtype, device=device)

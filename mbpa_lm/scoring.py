@@ -61,7 +61,7 @@ def score_stream(
         found: Neighbours | None = None
         if any(expert.needs_neighbours for expert in experts):
             with clock.measure("memory"):
-                likely = base_CV.topk(min(memory.likely_words, base_CV.shape[1]), sorted=False)
+                likely = base_CV.topk(memory.likely_words, sorted=False)
                 entries = Entries(hidden_states_Cd, targets_C, log_partitions_C, likely.indices, likely.values)
                 found = memory.read_and_write(entries, neighbours)
         chunk = Chunk(hidden_states_Cd, base_CV, found)

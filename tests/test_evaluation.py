@@ -67,6 +67,12 @@ def test_a_memory_helps_on_text_that_repeats_itself(options: Options, trained_ru
     assert metrics["experts"]["mbpa"]["perplexity"] < 0.5 * metrics["experts"]["base"]["perplexity"]
 
 
+def test_a_vocabulary_smaller_than_the_likely_words(options: Options, tmp_path: Path) -> None:
+    few = ["--tokenizer.vocabulary_size", "20", "--training.epochs", "1"]
+    assert commands.train(options(tmp_path, *few)) == 0
+    assert evaluate(options, tmp_path, tmp_path, *few)["experts"]["mbpa"]["tokens"] == 551
+
+
 def test_only_so_many_tokens_are_scored(options: Options, trained_run: Path, tmp_path: Path) -> None:
     assert evaluate(options, trained_run, tmp_path, "--evaluation.max_tokens", "50")["stream"]["scored"] == 50
 

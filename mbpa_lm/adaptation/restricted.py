@@ -10,7 +10,8 @@ for a neighbour's own word v_k and little for a word that is unlikely at every n
 - *all others* keep their base logit.
 
 The likely words of a key and the base distribution at the query were known when the base model read them. Each kind's mass at
-the query is summed as it is, so the result is a distribution whatever was left out.
+the query is summed as it is, so the result is a distribution whatever was left out. Masses of what is left over are differences
+from 1: below the rounding of that difference such a mass counts as 0 at a key, and at the query it is summed word by word.
 
 Dimensions: `B` queries, `K` neighbours, `c` likely words a neighbour, `n` = K (c + 1) slots, `S` = K + M moved words, `d`.
 """
@@ -25,8 +26,8 @@ from mbpa_lm.errors import AdaptationError
 
 QUERIES_AT_ONCE = 128
 
-ALWAYS = 1e30
-"""Score of a neighbour's own word: above whatever a likely word can have."""
+SMALL_MASS = 0.05
+"""Mass of the other words at the query below which a difference from 1 is not precise enough."""
 
 
 def solve(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None = None, moved_words: int = 64) -> Tensor:
@@ -54,7 +55,7 @@ def _solve_some(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None
 
     words = merge_words(base.likely_words_BKc.flatten(1), problem.values_BK)
     first_step_Bn = words.sum_by_word(((pull_BK * towards_BK)[..., None] * likely_BKc).flatten(1)).abs()
-    moved_BS, place_BS = words.largest(first_step_Bn, problem.values_BK.shape[1] + moved_words, ALWAYS)
+    moved_BS, place_BS = words.largest(first_step_Bn, problem.values_BK.shape[1] + moved_words)
 
     steps_BKS, frozen_BK = _take_steps(problem, rule, moved_BS, place_BS < 0, pull_BK, one)
     shift_BS = (towards_BK[:, None] @ steps_BKS)[:, 0]
@@ -74,7 +75,7 @@ def _take_steps(
     if problem.bias_V is not None:
         logits_BKS = logits_BKS + problem.bias_V[moved_BS][:, None]
     known_BKS = (logits_BKS - base.log_partitions_BK[..., None]).masked_fill_(absent_BS[:, None], -torch.inf)
-    rest_BK = (1 - known_BKS.exp().sum(-1)).clamp(min=torch.finfo(known_BKS.dtype).tiny)
+    rest_BK = _without_noise(1 - known_BKS.exp().sum(-1), logits_BKS)
     logits_BKS1 = torch.cat([known_BKS, rest_BK.log()[..., None]], dim=-1)  # the last column is all frozen words
 
     gram_BKK = problem.keys_BKd @ problem.keys_BKd.mT + one
@@ -85,17 +86,26 @@ def _take_steps(
     frozen_BK = torch.zeros_like(rest_BK)
     for _ in range(rule.steps):
         probabilities_BKS1 = torch.softmax(torch.baddbmm(logits_BKS1, gram_BKK, steps_BKS1), dim=-1)
-        frozen_BK = keep * frozen_BK + probabilities_BKS1[..., -1] / rest_BK
+        frozen_BK = keep * frozen_BK + torch.where(rest_BK > 0, probabilities_BKS1[..., -1] / rest_BK, 0)
         steps_BKS1 = torch.addcmul(own_BKS1, probabilities_BKS1, pull_BK[..., None], value=-1).add_(steps_BKS1, alpha=keep)
         steps_BKS1[..., -1] = 0
     return steps_BKS1[..., :-1], frozen_BK
 
 
+def _without_noise(rest_BK: Tensor, logits_BKS: Tensor) -> Tensor:
+    """Set to 0 what may be nothing but the rounding of the logits."""
+    noise_BK = 8 * torch.finfo(rest_BK.dtype).eps * (1 + logits_BKS.abs().amax(-1))
+    return torch.where(rest_BK > noise_BK, rest_BK, 0)
+
+
 def _shifted(log_probabilities_BV: Tensor, words: MergedWords, shift_Bn: Tensor, targets_B: Tensor | None) -> Tensor:
-    """Shift the logits of the listed and moved words and normalize, without a sum over the vocabulary."""
+    """Shift the logits of the listed and moved words and normalize; sums over the vocabulary only where it must."""
     base_Bn = log_probabilities_BV.gather(1, words.words_Bn).masked_fill(~words.last_Bn, -torch.inf)
     # log(1 - listed + listed shifted), from the two sums apart so that a large shift does not overflow
-    others_B = (1 - base_Bn.exp().sum(1)).clamp(min=0).log()
+    others_B = 1 - base_Bn.exp().sum(1)
+    small = (others_B < SMALL_MASS).nonzero()[:, 0]
+    others_B = others_B.clamp(min=SMALL_MASS).log()
+    others_B[small] = log_probabilities_BV[small].scatter(1, words.words_Bn[small], -torch.inf).logsumexp(1)
     log_total_B = torch.logaddexp(others_B, (base_Bn + shift_Bn).logsumexp(1))[:, None]
     if targets_B is None:
         return log_probabilities_BV.scatter_add(1, words.words_Bn, shift_Bn) - log_total_B

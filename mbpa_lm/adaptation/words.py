@@ -30,9 +30,9 @@ class MergedWords:
         sums = running[:, 1:] - running.gather(1, self._before_Bn)
         return (sums * self.last_Bn).to(numbers_Bm.dtype)
 
-    def largest(self, scores_Bn: Tensor, count: int, always: float) -> tuple[Tensor, Tensor]:
+    def largest(self, scores_Bn: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Choose `count` words, those of `always_Bn` first: words (B, S), and their slots (B, S), -1 for an empty place."""
-        scores = torch.where(self.always_Bn, always, scores_Bn).masked_fill(~self.last_Bn, -1.0)
+        scores = torch.where(self.always_Bn, torch.inf, scores_Bn).masked_fill(~self.last_Bn, -1.0)
         chosen = scores.topk(min(count, scores.shape[1]), dim=1, sorted=False)
         words_BS = self.words_Bn.gather(1, chosen.indices)
         return words_BS, chosen.indices.masked_fill(chosen.values < 0, -1)

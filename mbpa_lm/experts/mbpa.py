@@ -40,11 +40,11 @@ class MbpaExpert:
         self._kernel = gaussian(config.bandwidth) if config.kernel == "gaussian" else inverse_distance(config.epsilon)
 
     def log_probabilities(self, chunk: Chunk) -> Tensor:
-        """Return the adapted log-probabilities (C, V); raises AdaptationError where the steps diverge."""
+        """Return the adapted log-probabilities (C, V); raises AdaptationError where they are not finite."""
         return self._adapt(chunk, None)
 
     def target_log_probabilities(self, chunk: Chunk, targets: Tensor) -> Tensor:
-        """Return the adapted log-probabilities (C,) of the targets; raises AdaptationError where the steps diverge."""
+        """Return the adapted log-probabilities (C,) of the targets; raises AdaptationError where they are not finite."""
         return self._adapt(chunk, targets)
 
     def _adapt(self, chunk: Chunk, targets: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mbpa_lm.adaptation import dual, reference, restricted
 from mbpa_lm.adaptation.kernels import inverse_distance, neighbour_weights
-from mbpa_lm.adaptation.problem import Problem
+from mbpa_lm.adaptation.problem import BaseSoftmax, Problem
 from mbpa_lm.adaptation.rule import AdaptationRule
 from mbpa_lm.errors import AdaptationError
 
@@ -121,6 +121,67 @@ def test_restricted_distributions_sum_to_one_whatever_is_left_out(
     targets = torch.arange(B) % V
     of_targets = restricted.solve(problem, rule, targets, moved_words=moved)
     torch.testing.assert_close(of_targets, adapted.gather(1, targets[:, None])[:, 0], atol=1e-9, rtol=1e-9)
+
+
+def peaked_problem(dtype: torch.dtype) -> Problem:
+    """Keys and queries at which a few words have all the mass, up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 24, generator=generator, dtype=torch.float64)
+    keys = 3 * torch.randn(30, 8, 24, generator=generator, dtype=torch.float64)
+    queries = keys[:, 0] + torch.randn(30, 24, generator=generator, dtype=torch.float64)
+    values = torch.randint(0, 300, (30, 8), generator=generator)
+    tensors = [tensor.to(dtype) for tensor in (weight, keys, torch.full((30, 8), 1 / 8), queries)]
+    return Problem(tensors[0], None, tensors[1], values, tensors[2], tensors[3]).with_base(64)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 1.0])
+def test_restricted_holds_where_the_rest_is_below_rounding(alpha: float) -> None:
+    rule = AdaptationRule(10, alpha)
+    exact = dual.solve(peaked_problem(torch.float64), rule)
+    adapted = restricted.solve(peaked_problem(torch.float32), rule, moved_words=300)
+    assert torch.isfinite(adapted).all()
+    torch.testing.assert_close(adapted.exp().sum(1), torch.ones(30), atol=1e-4, rtol=0)
+    likely = exact > -20
+    torch.testing.assert_close(adapted[likely].double(), exact[likely], atol=2e-3, rtol=1e-3)
+    few = restricted.solve(peaked_problem(torch.float32), rule, moved_words=8)
+    torch.testing.assert_close(few.exp().sum(1), torch.ones(30), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_restricted_on_three_words_that_the_steps_overturn(dtype: torch.dtype) -> None:
+    for layer, keys, values, query, alpha in (
+        ([-7.0, 9.0, 12.0], [-4.0, -3.0], [1, 2], 4.0, 0.5),
+        ([-30.0, -23.0, 20.0], [4.0, -3.0], [0, 2], -4.0, 1.0),
+    ):
+        problem = Problem(
+            torch.tensor(layer, dtype=dtype)[:, None],
+            None,
+            torch.tensor(keys, dtype=dtype)[None, :, None],
+            torch.tensor([values]),
+            torch.full((1, 2), 0.5, dtype=dtype),
+            torch.tensor([[query]], dtype=dtype),
+        ).with_base(64)
+        rule = AdaptationRule(10, alpha)
+        torch.testing.assert_close(restricted.solve(problem, rule), dual.solve(problem, rule), atol=1e-3, rtol=1e-3)
+
+
+def test_empty_places_change_nothing() -> None:
+    problem = random_problem(3, 2, 50, 4, 0, dtype=torch.float32)
+    problem = replace(problem, bias_V=torch.tensor([0.0, 90.0] + [-200.0] * 48)).with_base(8)
+    padded = replace(
+        problem,
+        keys_BKd=torch.nn.functional.pad(problem.keys_BKd, (0, 0, 0, 5)),
+        values_BK=torch.nn.functional.pad(problem.values_BK, (0, 5)),
+        weights_BK=torch.nn.functional.pad(problem.weights_BK, (0, 5)),
+        base=BaseSoftmax(
+            problem.base.log_probabilities_BV,
+            torch.nn.functional.pad(problem.base.log_partitions_BK, (0, 5)),
+            torch.nn.functional.pad(problem.base.likely_words_BKc, (0, 0, 0, 5)),
+            torch.nn.functional.pad(problem.base.likely_log_probabilities_BKc, (0, 0, 0, 5)),
+        ),
+    )
+    rule = AdaptationRule(10, 20.0)
+    torch.testing.assert_close(restricted.solve(padded, rule), restricted.solve(problem, rule), atol=1e-3, rtol=1e-4)
 
 
 def test_more_moved_words_come_closer_and_the_first_order_helps() -> None:

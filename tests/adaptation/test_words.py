@@ -17,7 +17,7 @@ def test_sums_and_choices_are_those_of_a_dictionary(B: int, m: int, K: int, V: i
     count = K + others
     words = merge_words(listed, always)
     sums = words.sum_by_word(numbers)
-    chosen, places = words.largest(sums, count, 1e9)
+    chosen, places = words.largest(sums, count)
     for row in range(B):
         expected: dict[int, float] = dict.fromkeys(always[row].tolist(), 0.0)
         for word, number in zip(listed[row].tolist(), numbers[row].tolist(), strict=True):
