@@ -56,7 +56,7 @@ MISTAKES = [
     (["--training.learning_rate", "-1"], "training.learning_rate is -1.0; it must be greater than 0"),
     (["--memory.neighbours", "0"], "memory.neighbours is 0; it must be greater than 0"),
     (["--adaptation.optimizer", "rmsprop"], "adaptation.solver is 'restricted'; it must be reference with rmsprop"),
-    (["--adaptation.alpha", "2", "--adaptation.beta", "3"], "adaptation.beta is 3.0; it must be at most 1 / adaptation.alpha (0.5)"),
+    (["--adaptation.alpha", "2", "--adaptation.beta", "3"], "adaptation.beta is 3.0; it must be at most 1 / adaptation"),
     (["--adaptation.epsilon", "1e-50"], "adaptation.epsilon is 1e-50; it must be at least 1e-12"),
     (["--model.context_overlap", "256"], "model.context_overlap is 256; it must be less than model.context_length (256)"),
     (["--model.kind", "transformer"], "sequence_length is 50; it must be model.context_length (256), the block"),
