@@ -61,6 +61,8 @@ def print_tables(metrics: Mapping[str, Any]) -> None:
     _print_groups("perplexity by occurrence in the stream", experts, "by_recurrence")
     if stream["documents"] > 1:
         _print_groups("perplexity by position in the document", experts, "by_document_position")
+    gpu = metrics["peak_gpu_memory_bytes"]
+    console.print(f"peak memory {metrics['peak_memory_bytes'] / 1e6:,.0f} MB{f', GPU {gpu / 1e6:,.0f} MB' if gpu else ''}")
 
 
 def _print_groups(title: str, experts: Mapping[str, Any], group: str) -> None:

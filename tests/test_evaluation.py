@@ -38,7 +38,16 @@ def test_metrics_say_all_of_it(options: Options, trained_run: Path, tmp_path: Pa
     for name, values in metrics["experts"].items():
         assert float(np.mean(losses[name], dtype=np.float64)) == pytest.approx(values["nats_per_token"])
     shown = capsys.readouterr().out
-    for text in ("perplexity", "bits/char", "base", "mbpa", "unseen", "seen before in the stream", "metrics.json"):
+    for text in (
+        "perplexity",
+        "bits/char",
+        "base",
+        "mbpa",
+        "unseen",
+        "seen before in the stream",
+        "peak memory",
+        "metrics.json",
+    ):
         assert text in shown
 
 
