@@ -30,9 +30,7 @@ def solve(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None = Non
     if rule.optimizer != "sgd":
         raise AdaptationError(f"the dual solver takes sgd only, not {rule.optimizer}; use adaptation.solver reference")
     turn = max(1, NUMBERS_AT_ONCE // (problem.values_BK.shape[1] * len(problem.weight_Vd)))
-    parts = problem.split(turn)
-    targets = [None] * len(parts) if targets_B is None else targets_B.split(turn)
-    return torch.cat([pick(_solve_some(part, rule), some) for part, some in zip(parts, targets, strict=True)])
+    return torch.cat([pick(_solve_some(part, rule), targets) for part, targets in problem.turns(turn, targets_B)])
 
 
 def _solve_some(problem: Problem, rule: AdaptationRule) -> Tensor:

@@ -42,6 +42,12 @@ class Problem:
         count = len(self.queries_Bd)
         return [self._rows(slice(begin, begin + queries)) for begin in range(0, count, queries)]
 
+    def turns(self, queries: int, targets_B: Tensor | None) -> list[tuple["Problem", Tensor | None]]:
+        """Cut as `split` does, each part with its own targets if there are any."""
+        parts = self.split(queries)
+        targets = [None] * len(parts) if targets_B is None else targets_B.split(queries)
+        return list(zip(parts, targets, strict=True))
+
     def with_base(self, likely_words: int) -> "Problem":
         """Return the problem with what `base` holds computed from the layer, for those who have not kept it."""
         at_keys_BKV = linear(self.keys_BKd, self.weight_Vd, self.bias_V)

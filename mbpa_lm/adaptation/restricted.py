@@ -38,11 +38,8 @@ def solve(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None = Non
     """
     if rule.optimizer != "sgd":
         raise AdaptationError(f"the restricted solver takes sgd only, not {rule.optimizer}; use adaptation.solver reference")
-    parts = problem.split(QUERIES_AT_ONCE)
-    if targets_B is None:
-        return torch.cat([_solve_some(part, rule, None, moved_words) for part in parts])
-    targets = targets_B.split(QUERIES_AT_ONCE)
-    return torch.cat([_solve_some(part, rule, some, moved_words) for part, some in zip(parts, targets, strict=True)])
+    turns = problem.turns(QUERIES_AT_ONCE, targets_B)
+    return torch.cat([_solve_some(part, rule, targets, moved_words) for part, targets in turns])
 
 
 def _solve_some(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None, moved_words: int) -> Tensor:
