@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,18 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(arguments: Sequence[str]) -> None:
     parser = make_parser("evaluate.py", "Score a held-out text with a trained model, with and without its memory.")
     parser.add_argument("--checkpoint", type=str, help="Run folder or checkpoint folder that train.py wrote (required).")
+    parser.add_argument("--tune", action="store_true", help="Fit the adaptation on the validation text first, and keep it.")
+    parser.add_argument("--experts", type=str, help="The same as evaluation.experts, as names between commas.")
     config, options = parse(parser, arguments)
+    if options["experts"]:
+        evaluation = replace(config.evaluation, experts=[name.strip() for name in options["experts"].split(",")])
+        config = replace(config, evaluation=evaluation)
     if not options["checkpoint"]:
         raise ConfigError("--checkpoint is missing; name the run folder that train.py wrote, for example runs/demo")
     _prepare_machine(config)
     from mbpa_lm.evaluation import evaluate
 
-    evaluate(config, Path(options["checkpoint"]))
+    evaluate(config, Path(options["checkpoint"]), options["tune"])
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dict[str, Any]]:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mbpa_lm.errors import ConfigError
+from mbpa_lm.errors import ConfigError, did_you_mean
 
 SettingValue = bool | int | float | str | None
 
@@ -204,7 +204,7 @@ class MemoryConfig:
     """Entries in the window: the most recent (hidden state, next token) pairs."""
     neighbours: int = 32
     """Entries retrieved for a prediction (K)."""
-    likely_words: int = 64
+    likely_words: int = 96
     """Likeliest next words kept with an entry, for the restricted solver."""
 
     def __post_init__(self) -> None:
@@ -218,40 +218,89 @@ class AdaptationConfig:
     solver: Literal["restricted", "dual", "reference"] = "restricted"
     """restricted: moves only the words that the steps can move most, at a cost that does not depend on the vocabulary;
     dual: the whole vocabulary, exact; reference: autograd on a copy of the layer, the definition, very slow."""
-    moved_words: int = 64
+    moved_words: int = 16
     """restricted: words that are moved beside the neighbours' own."""
-    optimizer: Literal["sgd", "rmsprop"] = "sgd"
-    """Rule of a gradient step; rmsprop needs the reference solver."""
+    tolerance: float = 0.1
+    """restricted: most nats by which the bound of a prediction's error may pass; above, that prediction is solved with more
+    words."""
+    optimizer: Literal["sgd", "momentum", "rmsprop", "adam"] = "sgd"
+    """Rule of a gradient step; rmsprop and adam need the reference solver."""
+    momentum: float = 0.9
+    """momentum: share of the last step's direction that the next one goes on in."""
     steps: int = 10
     """Gradient steps for a prediction (T); 0 leaves the base model."""
     alpha: float = 0.05
     """Size of a gradient step; 0 leaves the base model."""
+    schedule: list[float] | None = None
+    """Size of each step relative to alpha, one number a step; empty: all the same."""
     beta: float = 0.0
     """Strength of the pull back to the trained weights."""
     kernel: Literal["inverse_distance", "gaussian"] = "inverse_distance"
-    """Weight of a neighbour at squared distance D: 1 / (epsilon + D), or exp(-D / (2 bandwidth^2))."""
+    """Similarity of a neighbour at squared distance D: 1 / (epsilon + D), or exp(-D / (2 bandwidth^2))."""
     epsilon: float = 1e-3
     """inverse_distance: added to the squared distance."""
     bandwidth: float = 1.0
     """gaussian: distance at which a neighbour counts exp(-1/2) of one at distance 0."""
+    weighting: Literal["normalized", "within_reach", "unnormalized"] = "normalized"
+    """normalized: the neighbours' weights sum to 1, however far they are; within_reach: to less where they are farther than
+    reach; unnormalized: a neighbour weighs its similarity relative to one at distance 0."""
+    reach: float = 1.0
+    """within_reach: distance at which a single neighbour weighs a half."""
+    selection: Literal["nearest", "informative"] = "nearest"
+    """informative: the neighbours that together tell most about the query (SIFT), so that copies of one context count once."""
+    candidates: int = 96
+    """informative: nearest entries that the neighbours are chosen from."""
     bias: bool = True
     """Whether the output layer's bias is adapted beside its weight."""
+    fitted: bool = True
+    """Whether what evaluate.py --tune fitted and kept with the checkpoint, where it did, replaces the values above."""
 
     def __post_init__(self) -> None:
         _require_not_negative("adaptation", self, "steps", "alpha", "beta", "moved_words")
+        _require_positive("adaptation", self, "tolerance", "candidates", "reach")
+        _require_probability("adaptation", self, "momentum")
+        if self.schedule is not None:
+            fits = len(self.schedule) == self.steps and all(share >= 0 for share in self.schedule)
+            _require("adaptation.schedule", self.schedule, fits, f"{self.steps} numbers (adaptation.steps) of 0 or more")
         _require("adaptation.epsilon", self.epsilon, self.epsilon >= 1e-12, "at least 1e-12")
         _require("adaptation.bandwidth", self.bandwidth, self.bandwidth >= 1e-6, "at least 1e-6")
         if self.alpha * self.beta > 1:
             _require(
                 "adaptation.beta", self.beta, False, f"at most 1 / adaptation.alpha ({1 / self.alpha:g}), or steps diverge"
             )
-        if self.optimizer != "sgd":
+        if self.optimizer not in ("sgd", "momentum"):
             _require("adaptation.solver", self.solver, self.solver == "reference", f"reference with {self.optimizer}")
+
+
+@dataclass(frozen=True)
+class PersistentConfig:
+    """How the softmax layer slowly follows the stream (dynamic evaluation of the output layer, Krause et al. 2018)."""
+
+    interval: int = 20
+    """Tokens between steps."""
+    rate: float = 3e-3
+    """Size of a step: a gradient as large as it was in training on average moves a parameter by rate / (1 + smoothing)."""
+    decay: float = 3e-3
+    """Share of the way back to the trained weights that a step takes, for a parameter of average gradients in training."""
+    smoothing: float = 3.0
+    """Added to a parameter's gradient scale, 1 being the mean: large for equal steps, small for equal relative ones."""
+    statistics_tokens: int = 100000
+    """Training tokens that the gradient scales are measured on, once a checkpoint; they are kept with it."""
+
+    def __post_init__(self) -> None:
+        _require_positive("persistent", self, "interval", "smoothing", "statistics_tokens")
+        _require_not_negative("persistent", self, "rate", "decay")
+
+
+EXPERTS = ("base", "mbpa", "persistent", "mbpa+persistent")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Which stream is scored, and in what pieces."""
+
+    experts: list[str] = field(default_factory=lambda: list(EXPERTS))
+    """Ways to predict that are run side by side: base, mbpa, persistent, mbpa+persistent. The base model always is."""
 
     split: Literal["train", "valid", "test"] = "test"
     """Split of the corpus that is scored."""
@@ -264,6 +313,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _require_positive("evaluation", self, "chunk_length")
+        for name in self.experts:
+            if name not in EXPERTS:
+                raise ConfigError(f"evaluation.experts names {name!r}; {did_you_mean(name, EXPERTS)}")
         _require_not_negative("evaluation", self, "max_tokens")
 
 
@@ -288,6 +340,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
+    persistent: PersistentConfig = field(default_factory=PersistentConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -11,40 +11,52 @@ from typing import Any
 
 import numpy as np
 
+from mbpa_lm.adaptation.slow_weights import SlowRule, SlowWeights
 from mbpa_lm.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint
 from mbpa_lm.config import Config
 from mbpa_lm.data.corpora import Corpus, open_corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
 from mbpa_lm.errors import CheckpointError
-from mbpa_lm.experts.base import Expert
-from mbpa_lm.experts.base_model import BaseModelExpert
-from mbpa_lm.experts.mbpa import MbpaExpert
+from mbpa_lm.experts.build import build_experts
+from mbpa_lm.fitted import load_fitted, save_fitted
+from mbpa_lm.gradient_scale import gradient_scale
 from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes, pick_device
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.metrics import Targets, perplexity, summarize
 from mbpa_lm.progress import ProgressBar, console, token_progress
-from mbpa_lm.report import print_tables, write_results
+from mbpa_lm.report import print_fitted, print_tables, write_results
 from mbpa_lm.scoring import StreamScores, score_stream
 from mbpa_lm.tracking import RunLog
+from mbpa_lm.tuning import tune
 
 
-def evaluate(config: Config, checkpoint_path: Path) -> dict[str, Any]:
-    """Score a stream with the base model and with its memory; write and return the metrics.
+def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) -> dict[str, Any]:
+    """Score a stream with every configured expert; write and return the metrics.
 
-    Raises CheckpointError where the checkpoint is not of the configured model, tokenizer or text, and DataError
-    where the text cannot be read.
+    With `tune_first`, the adaptation is fitted on the validation text and kept with the checkpoint before. Raises
+    CheckpointError where the checkpoint is not of the configured model, tokenizer or text, and DataError where the text
+    cannot be read.
     """
     folder = find_checkpoint(checkpoint_path)
     check_same_settings(folder, config)
     checkpoint = load_checkpoint(folder)
     stream = _open_stream(config, checkpoint)
     model = checkpoint.model.to(pick_device(config.run.device)).eval()
+    if tune_first:
+        _tune(config, checkpoint)
     layer = model.output_layer()
-    experts: list[Expert] = [BaseModelExpert(), MbpaExpert(layer, config.adaptation)]
+    fitted = load_fitted(checkpoint.folder, model.hidden_size) if config.adaptation.fitted else None
+    if fitted is not None:
+        config = fitted.apply(config)
+        console.print(f"the adaptation is as fitted on {fitted.stream}; --adaptation.fitted false takes the configured one")
+    experts = build_experts(config, layer)
+    slow_weights = _slow_weights(config, checkpoint) if any(expert.needs_slow_weights for expert in experts) else None
     kept = min(config.memory.likely_words, model.vocabulary_size)
     likely_words = kept if config.adaptation.solver == "restricted" else 0
-    memory = WindowMemory(config.memory.size, model.hidden_size, likely_words, layer.weight.dtype, layer.weight.device)
+    kind = (layer.weight.dtype, layer.weight.device)
+    metric = None if fitted is None else fitted.metric_tensor()
+    memory = WindowMemory(config.memory.size, model.hidden_size, likely_words, *kind, metric)
     with RunLog(Path(config.run.folder), config.tracking.mode, config.tracking.project, "evaluate", asdict(config)) as log:
         with ProgressBar(f"scoring {stream.name}", len(stream) - 1) as progress:
             scores = score_stream(
@@ -52,16 +64,44 @@ def evaluate(config: Config, checkpoint_path: Path) -> dict[str, Any]:
                 stream.tokens,
                 experts,
                 memory,
-                config.memory.neighbours,
                 config.evaluation.chunk_length,
+                slow_weights,
                 _show(progress),
             )
-        metrics = _metrics(config, checkpoint, stream, scores)
+        details = {expert.name: expert.details() for expert in experts}
+        metrics = _metrics(config, checkpoint, stream, scores, details)
+        metrics["fitted_on"] = None if fitted is None else {"stream": fitted.stream, "losses": fitted.losses}
         path = write_results(Path(config.run.folder), metrics, scores)
         _log_metrics(log, metrics)
     print_tables(metrics)
     console.print(f"written to {path}")
     return metrics
+
+
+def _tune(config: Config, checkpoint: Checkpoint) -> None:
+    corpus = open_corpus(config.data)
+    _require_trained_on(corpus, checkpoint)
+    with token_progress(f"tokenizing {corpus.name} valid") as progress:
+        stream = open_stream(corpus, "valid", checkpoint.tokenizer, Path(config.data.token_folder), progress)
+    fitted = tune(config, checkpoint.model, stream)
+    path = save_fitted(checkpoint.folder, fitted)
+    print_fitted(fitted)
+    console.print(f"written to {path}")
+
+
+def _slow_weights(config: Config, checkpoint: Checkpoint) -> SlowWeights:
+    persistent = config.persistent
+
+    def training_tokens() -> np.ndarray:
+        corpus = open_corpus(config.data)
+        _require_trained_on(corpus, checkpoint)
+        return open_stream(corpus, "train", checkpoint.tokenizer, Path(config.data.token_folder)).tokens
+
+    with token_progress("measuring gradients on the training text") as progress:
+        scale = gradient_scale(checkpoint.folder, checkpoint.model, training_tokens, persistent, progress)
+    layer = checkpoint.model.output_layer()
+    rule = SlowRule(persistent.interval, persistent.rate, persistent.decay, persistent.smoothing)
+    return SlowWeights(layer.weight, layer.bias, rule, scale)
 
 
 def _open_stream(config: Config, checkpoint: Checkpoint) -> TokenStream:
@@ -70,14 +110,18 @@ def _open_stream(config: Config, checkpoint: Checkpoint) -> TokenStream:
         corpus: Corpus = WholeText(Path(evaluation.text), config.data.document_pattern)
     else:
         corpus = open_corpus(config.data)
-        if corpus.fingerprint("train") != checkpoint.corpus["train"]:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.folder} was trained on another text ({checkpoint.corpus['name']}) than {corpus.name} "
-                f"is now; use the data it was trained with, train again, or score any text with --evaluation.text"
-            )
+        _require_trained_on(corpus, checkpoint)
     with token_progress(f"tokenizing {corpus.name} {evaluation.split}") as progress:
         stream = open_stream(corpus, evaluation.split, checkpoint.tokenizer, Path(config.data.token_folder), progress)
     return stream.first(evaluation.max_tokens + 1) if evaluation.max_tokens else stream
+
+
+def _require_trained_on(corpus: Corpus, checkpoint: Checkpoint) -> None:
+    if corpus.fingerprint("train") != checkpoint.corpus["train"]:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} was trained on another text ({checkpoint.corpus['name']}) than {corpus.name} "
+            f"is now; use the data it was trained with, train again, or score any text with --evaluation.text"
+        )
 
 
 def _show(progress: ProgressBar) -> Callable[[int, StreamScores], None]:
@@ -94,12 +138,19 @@ def _show(progress: ProgressBar) -> Callable[[int, StreamScores], None]:
     return show
 
 
-def _metrics(config: Config, checkpoint: Checkpoint, stream: TokenStream, scores: StreamScores) -> dict[str, Any]:
+def _metrics(
+    config: Config,
+    checkpoint: Checkpoint,
+    stream: TokenStream,
+    scores: StreamScores,
+    details: dict[str, dict[str, float]],
+) -> dict[str, Any]:
     targets = Targets.of(stream, checkpoint.token_counts.numpy())
     experts = {}
     for name, losses in scores.losses.items():
         seconds = scores.seconds[name]
-        experts[name] = {**summarize(losses, targets), "seconds": seconds, "tokens_per_second": len(losses) / seconds}
+        speed = {"seconds": seconds, "tokens_per_second": len(losses) / seconds}
+        experts[name] = {**summarize(losses, targets), **speed, **details[name]}
     return {
         "experts": experts,
         "stream": {

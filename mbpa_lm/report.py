@@ -1,6 +1,7 @@
 """The results of an evaluation: metrics.json, the loss of every token, and a table on the terminal."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mbpa_lm.errors import RunFolderError, reason
+from mbpa_lm.fitted import FittedAdaptation
 from mbpa_lm.progress import console
 from mbpa_lm.scoring import StreamScores
 
@@ -63,6 +65,18 @@ def print_tables(metrics: Mapping[str, Any]) -> None:
         _print_groups("perplexity by position in the document", experts, "by_document_position")
     gpu = metrics["peak_gpu_memory_bytes"]
     console.print(f"peak memory {metrics['peak_memory_bytes'] / 1e6:,.0f} MB{f', GPU {gpu / 1e6:,.0f} MB' if gpu else ''}")
+
+
+def print_fitted(fitted: FittedAdaptation) -> None:
+    """Print what fitting gave on examples that nothing was fitted on."""
+    table = Table(title=f"adaptation fitted on {fitted.stream}: held-out quarter of {fitted.examples:,} predictions")
+    table.add_column("adaptation")
+    table.add_column("perplexity", justify="right")
+    table.add_column("vs base", justify="right")
+    for name, loss in fitted.losses.items():
+        change = "" if name == "base" else f"{math.exp(loss - fitted.losses['base']) - 1:+.1%}"
+        table.add_row(name.replace("_", " "), f"{math.exp(loss):.2f}", change)
+    console.print(table)
 
 
 def _print_groups(title: str, experts: Mapping[str, Any], group: str) -> None:

@@ -9,12 +9,14 @@ Dimensions: `C` positions of a chunk, `V` vocabulary, `d` hidden size.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from mbpa_lm.experts.base import Chunk, Expert
+from mbpa_lm.adaptation.likely_words import likely_words
+from mbpa_lm.adaptation.slow_weights import SlowWeights
+from mbpa_lm.experts.base import Chunk, Expert, SlowSoftmax
 from mbpa_lm.memory.base import Entries, Memory, Neighbours
 from mbpa_lm.models.base import LanguageModel, State
 
@@ -33,18 +35,20 @@ def score_stream(
     tokens: np.ndarray,
     experts: Sequence[Expert],
     memory: Memory,
-    neighbours: int,
     chunk_length: int,
+    slow_weights: SlowWeights | None = None,
     on_progress: Callable[[int, StreamScores], None] = lambda scored, scores: None,
 ) -> StreamScores:
     """Score every token of a stream but the first, which is read and not scored.
 
-    Args: tokens (n,) ids; neighbours: K; on_progress is told how many tokens have been scored so far. The model must
-    be in evaluation mode. Returns the loss of every expert at every position.
+    Args: tokens (n,) ids; slow_weights are there where an expert needs them, and learn from the stream; on_progress is told
+    how many tokens have been scored so far. The model must be in evaluation mode. Returns the loss of every expert at
+    every position.
     """
     device = model.output_layer().weight.device
     count = len(tokens) - 1
     scores = StreamScores({expert.name: np.empty(count, dtype=np.float32) for expert in experts})
+    neighbours = max(expert.neighbours for expert in experts)
     clock = _Clock(device)
     state: State | None = None
     for begin in range(0, count, chunk_length):
@@ -59,28 +63,61 @@ def score_stream(
             log_partitions_C = logits_CV.logsumexp(dim=-1)
             base_CV = logits_CV - log_partitions_C[:, None]
         found: Neighbours | None = None
-        if any(expert.needs_neighbours for expert in experts):
+        if neighbours:
             with clock.measure("memory"):
-                likely = base_CV.topk(memory.likely_words, sorted=False)
-                entries = Entries(hidden_states_Cd, targets_C, log_partitions_C, likely.indices, likely.values)
+                likely = likely_words(base_CV, memory.likely_words)
+                entries = Entries(hidden_states_Cd, targets_C, log_partitions_C, *likely)
                 found = memory.read_and_write(entries, neighbours)
-        chunk = Chunk(hidden_states_Cd, base_CV, found)
+        chunk = Chunk(hidden_states_Cd, base_CV, log_partitions_C, found)
         for expert in experts:
-            with clock.measure(expert.name):
-                log_probabilities_C = expert.target_log_probabilities(chunk, targets_C)
-                scores.losses[expert.name][begin:end] = -log_probabilities_C.float().cpu().numpy()
+            if not expert.needs_slow_weights:
+                with clock.measure(expert.name):
+                    scores.losses[expert.name][begin:end] = _losses(expert, chunk, targets_C)
+        if slow_weights is not None:
+            from_slow_weights = [expert for expert in experts if expert.needs_slow_weights]
+            _score_from_slow_weights(from_slow_weights, slow_weights, chunk, targets_C, scores, begin, clock)
         for expert in experts:
-            shared = clock.seconds["model"] + (clock.seconds["memory"] if expert.needs_neighbours else 0.0)
-            scores.seconds[expert.name] = shared + clock.seconds[expert.name]
+            shared = ["model", *["memory"] * bool(expert.neighbours), *["slow weights"] * expert.needs_slow_weights]
+            scores.seconds[expert.name] = sum(clock.seconds[part] for part in [*shared, expert.name])
         on_progress(end, scores)
     return scores
+
+
+def _score_from_slow_weights(
+    experts: Sequence[Expert],
+    slow_weights: SlowWeights,
+    chunk: Chunk,
+    targets_C: torch.Tensor,
+    scores: StreamScores,
+    first: int,
+    clock: "_Clock",
+) -> None:
+    """Score the positions of a chunk, which start at `first`, in parts between which the slow weights take a step."""
+    begin = 0
+    while begin < len(targets_C):
+        part = slice(begin, begin + min(slow_weights.positions_to_next_step(), len(targets_C) - begin))
+        with clock.measure("slow weights"):
+            log_probabilities, log_partitions = slow_weights.log_probabilities(chunk.hidden_states[part])
+        slow = SlowSoftmax(slow_weights.weight_Vd, slow_weights.bias_V, log_probabilities, log_partitions)
+        for expert in experts:
+            with clock.measure(expert.name):
+                losses = _losses(expert, replace(chunk.part(part), slow=slow), targets_C[part])
+                scores.losses[expert.name][first + part.start : first + part.stop] = losses
+        with clock.measure("slow weights"):
+            slow_weights.learn(chunk.hidden_states[part], log_probabilities, targets_C[part])
+        begin = part.stop
+
+
+def _losses(expert: Expert, chunk: Chunk, targets: torch.Tensor) -> np.ndarray:
+    losses: np.ndarray = -expert.target_log_probabilities(chunk, targets).float().cpu().numpy()
+    return losses
 
 
 class _Clock:
     """Adds up the time of named parts, the device's work included."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {"model": 0.0, "memory": 0.0}
+        self.seconds: dict[str, float] = {"model": 0.0, "memory": 0.0, "slow weights": 0.0}
         self._cuda = device.type == "cuda"
 
     @contextmanager

@@ -3,7 +3,7 @@
 Dimensions: `B` queries, `K` neighbours, `c` likely words kept with an entry, `V` vocabulary, `d` hidden size.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,13 +11,44 @@ from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
+class TrainedSoftmax:
+    """The trained layer and what it gives at the queries, where the steps start from another, slowly adapted one."""
+
+    weight_Vd: Tensor
+    bias_V: Tensor | None
+    log_probabilities_BV: Tensor
+    log_partitions_B: Tensor
+
+
+@dataclass(frozen=True)
 class BaseSoftmax:
-    """What the base model had computed before anyone asked; only the restricted solver needs it."""
+    """What was computed before anyone asked; only the restricted solver needs it.
+
+    What belongs to the keys is the trained layer's. What belongs to the queries is that of the problem's layer.
+    """
 
     log_probabilities_BV: Tensor  # of the next token at each query
     log_partitions_BK: Tensor  # log sum of exp of the logits at each key
-    likely_words_BKc: Tensor  # int64, distinct: the likeliest words at each key, in any order
-    likely_log_probabilities_BKc: Tensor  # of those words
+    likely_words_BKc: Tensor  # int32 or int64, distinct: the likeliest words at each key, in any order
+    likely_probabilities_BKc: Tensor  # of those words
+    log_partitions_B: Tensor | None = None  # at each query; only needed beside `trained`
+    trained: TrainedSoftmax | None = None  # None where the problem's layer is the trained one
+
+    def rows(self, rows: slice | Tensor) -> "BaseSoftmax":
+        """Return what belongs to some of the queries."""
+        trained = self.trained and replace(
+            self.trained,
+            log_probabilities_BV=self.trained.log_probabilities_BV[rows],
+            log_partitions_B=self.trained.log_partitions_B[rows],
+        )
+        return BaseSoftmax(
+            self.log_probabilities_BV[rows],
+            self.log_partitions_BK[rows],
+            self.likely_words_BKc[rows],
+            self.likely_probabilities_BKc[rows],
+            None if self.log_partitions_B is None else self.log_partitions_B[rows],
+            trained,
+        )
 
 
 @dataclass(frozen=True)
@@ -37,10 +68,24 @@ class Problem:
         """What a bias adds to a scalar product of two hidden states, as the weight of one more input that is always 1."""
         return 0.0 if self.bias_V is None else 1.0
 
+    def accumulating(self) -> "Problem":
+        """Return the problem with keys, weights and queries, and the layer, in at least float32, to compute with."""
+        bias_V = None if self.bias_V is None else at_least_single(self.bias_V)
+        return replace(self.accumulating_but_the_layer(), weight_Vd=at_least_single(self.weight_Vd), bias_V=bias_V)
+
+    def accumulating_but_the_layer(self) -> "Problem":
+        """Return the problem with keys, weights and queries in at least float32."""
+        return replace(
+            self,
+            keys_BKd=at_least_single(self.keys_BKd),
+            weights_BK=at_least_single(self.weights_BK),
+            queries_Bd=at_least_single(self.queries_Bd),
+        )
+
     def split(self, queries: int) -> list["Problem"]:
         """Cut into problems of at most so many queries."""
         count = len(self.queries_Bd)
-        return [self._rows(slice(begin, begin + queries)) for begin in range(0, count, queries)]
+        return [self.rows(slice(begin, begin + queries)) for begin in range(0, count, queries)]
 
     def turns(self, queries: int, targets_B: Tensor | None) -> list[tuple["Problem", Tensor | None]]:
         """Cut as `split` does, each part with its own targets if there are any."""
@@ -50,23 +95,29 @@ class Problem:
 
     def with_base(self, likely_words: int) -> "Problem":
         """Return the problem with what `base` holds computed from the layer, for those who have not kept it."""
-        at_keys_BKV = linear(self.keys_BKd, self.weight_Vd, self.bias_V)
+        whole = self.accumulating()
+        at_keys_BKV = linear(whole.keys_BKd, whole.weight_Vd, whole.bias_V)
         log_partitions_BK = at_keys_BKV.logsumexp(-1)
         likely = at_keys_BKV.topk(min(likely_words, len(self.weight_Vd)))
-        at_queries_BV = torch.log_softmax(linear(self.queries_Bd, self.weight_Vd, self.bias_V), dim=-1)
-        base = BaseSoftmax(at_queries_BV, log_partitions_BK, likely.indices, likely.values - log_partitions_BK[..., None])
-        return replace(self, base=base)
+        at_queries_BV = torch.log_softmax(linear(whole.queries_Bd, whole.weight_Vd, whole.bias_V), dim=-1)
+        probabilities_BKc = (likely.values - log_partitions_BK[..., None]).exp()
+        return replace(self, base=BaseSoftmax(at_queries_BV, log_partitions_BK, likely.indices, probabilities_BKc))
 
-    def _rows(self, rows: slice) -> "Problem":
-        base = self.base and BaseSoftmax(*(getattr(self.base, field.name)[rows] for field in fields(BaseSoftmax)))
+    def rows(self, rows: slice | Tensor) -> "Problem":
+        """Return the problem of some of the queries."""
         return replace(
             self,
             keys_BKd=self.keys_BKd[rows],
             values_BK=self.values_BK[rows],
             weights_BK=self.weights_BK[rows],
             queries_Bd=self.queries_Bd[rows],
-            base=base,
+            base=self.base and self.base.rows(rows),
         )
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """Return float16 and bfloat16 as float32, others as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def pick(log_probabilities_BV: Tensor, targets_B: Tensor | None) -> Tensor:

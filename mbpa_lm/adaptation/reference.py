@@ -4,24 +4,31 @@ Slow on purpose (a copy is V x d numbers): everything faster is tested against i
 Dimensions: `B` queries, `K` neighbours, `V` vocabulary, `d` hidden size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from mbpa_lm.adaptation.problem import Problem, pick
 from mbpa_lm.adaptation.rule import AdaptationRule
-from mbpa_lm.errors import AdaptationError
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
+OPTIMIZERS: dict[str, Callable[[list[Tensor], AdaptationRule], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, rule: torch.optim.SGD(parameters, lr=rule.alpha),
+    "momentum": lambda parameters, rule: torch.optim.SGD(parameters, lr=rule.alpha, momentum=rule.momentum),
+    "rmsprop": lambda parameters, rule: torch.optim.RMSprop(parameters, lr=rule.alpha),
+    "adam": lambda parameters, rule: torch.optim.Adam(parameters, lr=rule.alpha),
+}
 
 
 def solve(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None = None) -> Tensor:
     """Return the adapted log-probabilities (B, V) of each query, or those of the targets (B,). The layer is not changed.
 
-    Raises AdaptationError for an optimizer that it does not know.
+    Tensors in half precision are read as they are; sums and results are float32. Raises AdaptationError for an optimizer
+    that it does not know.
     """
-    if rule.optimizer not in OPTIMIZERS:
-        raise AdaptationError(f"adaptation.optimizer {rule.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
+    rule.require("reference", tuple(OPTIMIZERS))
+    problem = problem.accumulating()
     queries = zip(problem.keys_BKd, problem.values_BK, problem.weights_BK, problem.queries_Bd, strict=True)
     return pick(torch.stack([_solve_one(problem.weight_Vd, problem.bias_V, *query, rule) for query in queries]), targets_B)
 
@@ -42,8 +49,10 @@ def _solve_one(
     if bias is not None and bias_V is not None and rule.adapt_bias:
         trained.append(bias_V.detach())
         adapted.append(bias.requires_grad_())
-    optimizer = OPTIMIZERS[rule.optimizer](adapted, lr=rule.alpha)
-    for _ in range(rule.steps):
+    optimizer = OPTIMIZERS[rule.optimizer](adapted, rule)
+    for alpha in rule.step_sizes():
+        for group in optimizer.param_groups:
+            group["lr"] = alpha
         log_probabilities = torch.log_softmax(linear(keys_Kd, weight, bias), dim=-1)  # (K, V)
         loss = -(weights_K * log_probabilities.gather(1, values_K[:, None])[:, 0]).sum()
         for parameter, origin in zip(adapted, trained, strict=True):

@@ -1,68 +1,100 @@
 """Lists of words that overlap, one a neighbour, merged into one list a query: sums over equal words without a (B, V) tensor.
 
-Slots are sorted by word, so equal words form a run, and a run's sum is a difference of two running sums. The last slot of a
-run stands for its word. Dimensions: `B` queries, `n` slots, `S` chosen words.
+On a CPU by a hash table in compiled loops, elsewhere by sorting.
+
+Dimensions: `B` queries, `K` neighbours, `c` words listed by a neighbour, `A` words always chosen, `n` places for different
+words, `S` chosen words.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from mbpa_lm.adaptation import words_compiled
 
 
 @dataclass(frozen=True)
 class MergedWords:
-    """Sorted slots of every query."""
+    """Every word of a query once."""
 
-    words_Bn: Tensor  # int64, ascending
-    last_Bn: Tensor  # bool: whether the slot is the last of its word
-    always_Bn: Tensor  # bool: at a last slot, whether its word is among those always chosen
-    _order_Bn: Tensor  # the slot that stands here, among those given
-    _before_Bn: Tensor  # at each slot, how many slots lie before its word's run
-    _listed: int
+    words_Bn: Tensor  # int64, in any order; 0 in places that are not filled
+    counts_B: Tensor  # int64, how many words there are; they stand in the first places
+    filled_Bn: Tensor  # bool: whether there is a word at the place
+    always_Bn: Tensor  # bool: whether it is among those always chosen
+    listed_places_BKc: Tensor  # the place of each listed word
+    always_places_BA: Tensor  # int64, the place of each word that is always chosen
 
-    def sum_by_word(self, numbers_Bm: Tensor) -> Tensor:
-        """Sum numbers that belong to the listed slots (B, m) over equal words: (B, n), at last slots, 0 elsewhere."""
-        padded = torch.nn.functional.pad(numbers_Bm, (0, self._order_Bn.shape[1] - self._listed))
-        # Running sums in float64: a difference of two of them keeps the precision of a small sum behind large ones.
-        running = torch.nn.functional.pad(padded.gather(1, self._order_Bn).cumsum(1, dtype=torch.float64), (1, 0))
-        sums = running[:, 1:] - running.gather(1, self._before_Bn)
-        return (sums * self.last_Bn).to(numbers_Bm.dtype)
+    def sum_by_word(self, factors_BK: Tensor, numbers_BKc: Tensor) -> Tensor:
+        """Sum factor times number over the listed slots of each word: (B, n)."""
+        if words_compiled.can_take(numbers_BKc):
+            sums_Bn = torch.empty(self.words_Bn.shape, dtype=numbers_BKc.dtype)
+            arrays = (self.listed_places_BKc, factors_BK, numbers_BKc, sums_Bn)
+            words_compiled.sum_by_place(*(tensor.contiguous().numpy() for tensor in arrays))
+            return sums_Bn
+        products_Bm = (factors_BK[..., None] * numbers_BKc).flatten(1)
+        zeros_Bn = products_Bm.new_zeros(self.words_Bn.shape)
+        return zeros_Bn.scatter_add(1, self.listed_places_BKc.flatten(1).long(), products_Bm)
+
+    def masses(self, log_probabilities_BV: Tensor, shifts_Bn: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the words' mass under the distributions (B,), and the log of what their shifts make of it (B,)."""
+        if words_compiled.can_take(log_probabilities_BV):
+            mass_B, log_shifted_B = torch.empty(2, len(shifts_Bn), dtype=log_probabilities_BV.dtype)
+            tensors = (log_probabilities_BV, self.words_Bn, self.counts_B, shifts_Bn, mass_B, log_shifted_B)
+            words_compiled.masses(*(tensor.numpy() for tensor in tensors))
+            return mass_B, log_shifted_B
+        base_Bn = log_probabilities_BV.gather(1, self.words_Bn).masked_fill_(~self.filled_Bn, -torch.inf)
+        return base_Bn.exp().sum(1), (base_Bn + shifts_Bn).logsumexp(1)
+
+    def number_of(self, words_B: Tensor, numbers_Bn: Tensor) -> Tensor:
+        """Return the number at the place of one word a query (B,), 0 where it has no place."""
+        if words_compiled.can_take(numbers_Bn):
+            found_B = numbers_Bn.new_empty(len(numbers_Bn))
+            tensors = (words_B, self.words_Bn, self.counts_B, numbers_Bn, found_B)
+            words_compiled.number_of(*(tensor.numpy() for tensor in tensors))
+            return found_B
+        return (numbers_Bn * (self.filled_Bn & (self.words_Bn == words_B[:, None]))).sum(1)
 
     def largest(self, scores_Bn: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Choose `count` words, those of `always_Bn` first: words (B, S), and their slots (B, S), -1 for an empty place."""
-        scores = torch.where(self.always_Bn, torch.inf, scores_Bn).masked_fill(~self.last_Bn, -1.0)
-        chosen = scores.topk(min(count, scores.shape[1]), dim=1, sorted=False)
-        words_BS = self.words_Bn.gather(1, chosen.indices)
-        return words_BS, chosen.indices.masked_fill(chosen.values < 0, -1)
-
-    def put(self, numbers_Bn: Tensor, places_BS: Tensor, values_BS: Tensor) -> Tensor:
-        """Return `numbers` with `values` at the given slots."""
-        spare = torch.nn.functional.pad(numbers_Bn, (0, 1))  # one more slot, for empty places
-        places = places_BS.masked_fill(places_BS < 0, numbers_Bn.shape[1])
-        return spare.scatter(1, places, values_BS)[:, :-1]
+        """Choose `count` words, those that are always chosen first: their places (B, S), and which of them are filled."""
+        scores_Bn = scores_Bn.masked_fill(self.always_Bn, torch.inf).masked_fill(~self.filled_Bn, -1.0)
+        chosen = scores_Bn.topk(min(count, scores_Bn.shape[1]), dim=1, sorted=False)
+        return chosen.indices, chosen.values >= 0
 
 
-def merge_words(listed_Bm: Tensor, always_BK: Tensor) -> MergedWords:
-    """Merge the words (B, m) that carry numbers with those (B, K) that are always chosen."""
-    given = torch.cat([listed_Bm, always_BK], dim=1)
-    n = given.shape[1]
-    bits = max(n - 1, 1).bit_length()
-    slots = torch.arange(n, device=given.device)
-    packed = _sorted((given << bits) | slots)
-    words, order = packed >> bits, packed & ((1 << bits) - 1)
-    changes = words[:, 1:] != words[:, :-1]
-    last = torch.nn.functional.pad(changes, (0, 1), value=True)
-    first = torch.nn.functional.pad(changes, (1, 0), value=True)
-    before = torch.where(first, slots, 0).cummax(1).values
-    marked = torch.nn.functional.pad((order >= listed_Bm.shape[1]).cumsum(1), (1, 0))
-    always = last & (marked[:, 1:] > marked.gather(1, before))
-    return MergedWords(words, last, always, order, before, listed_Bm.shape[1])
+def merge_words(listed_BKc: Tensor, always_BA: Tensor) -> MergedWords:
+    """Merge the words (B, K, c) that carry numbers with those (B, A) that are always chosen."""
+    if words_compiled.can_take(listed_BKc):
+        return _merge_by_hashing(listed_BKc, always_BA)
+    return merge_by_sorting(listed_BKc, always_BA)
 
 
-def _sorted(numbers_Bn: Tensor) -> Tensor:
-    """Sort each row; NumPy's vectorized sort is several times PyTorch's on a CPU."""
-    if numbers_Bn.device.type == "cpu":
-        return torch.from_numpy(np.sort(numbers_Bn.numpy(), axis=1))
-    return numbers_Bn.sort(dim=1).values
+def merge_by_sorting(listed_BKc: Tensor, always_BA: Tensor) -> MergedWords:
+    """Do what `merge_words` does in PyTorch, on any device."""
+    given_Bm = torch.cat([always_BA, listed_BKc.flatten(1).long()], dim=1)
+    sorted_Bm, order_Bm = given_Bm.sort(dim=1)
+    starts_Bm = torch.nn.functional.pad(sorted_Bm[:, 1:] != sorted_Bm[:, :-1], (1, 0), value=True)
+    sorted_places_Bm = starts_Bm.cumsum(1) - 1
+    places_Bm = torch.empty_like(given_Bm).scatter_(1, order_Bm, sorted_places_Bm)
+    counts_B1 = sorted_places_Bm[:, -1:] + 1
+    n = int(counts_B1.max())
+    words_Bn = torch.zeros(len(given_Bm), n, dtype=torch.int64, device=given_Bm.device).scatter_(1, places_Bm, given_Bm)
+    filled_Bn = torch.arange(n, device=given_Bm.device) < counts_B1
+    always_places_BA = places_Bm[:, : always_BA.shape[1]]
+    always_Bn = torch.zeros_like(filled_Bn).scatter_(1, always_places_BA, True)
+    listed_places_BKc = places_Bm[:, always_BA.shape[1] :].reshape(listed_BKc.shape)
+    return MergedWords(words_Bn, counts_B1[:, 0], filled_Bn, always_Bn, listed_places_BKc, always_places_BA)
+
+
+def _merge_by_hashing(listed_BKc: Tensor, always_BA: Tensor) -> MergedWords:
+    B, K, c = listed_BKc.shape
+    words_Bn = torch.zeros(B, K * c + always_BA.shape[1], dtype=torch.int64)
+    listed_places_BKc = torch.empty(B, K, c, dtype=torch.int32)
+    always_places_BA = torch.empty_like(always_BA)
+    counts_B2 = torch.empty(B, 2, dtype=torch.int64)  # of the words always chosen, which come first, and of all
+    arrays = (listed_BKc.contiguous(), always_BA.contiguous(), words_Bn, listed_places_BKc, always_places_BA, counts_B2)
+    words_compiled.merge_by_hashing(*(tensor.numpy() for tensor in arrays))
+    n = int(counts_B2[:, 1].max())
+    places_n = torch.arange(n)
+    always_Bn, filled_Bn = (places_n < counts_B2[:, which, None] for which in (0, 1))
+    return MergedWords(words_Bn[:, :n], counts_B2[:, 1].contiguous(), filled_Bn, always_Bn, listed_places_BKc, always_places_BA)

@@ -3,7 +3,7 @@
 Dimensions: `C` positions of a chunk, `K` neighbours, `V` vocabulary, `d` hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -12,19 +12,44 @@ from mbpa_lm.memory.base import Neighbours
 
 
 @dataclass(frozen=True)
+class SlowSoftmax:
+    """The slowly adapted layer and what it gives at the chunk's positions."""
+
+    weight: Tensor  # (V, d)
+    bias: Tensor | None  # (V,)
+    log_probabilities: Tensor  # (C, V)
+    log_partitions: Tensor  # (C,)
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Some consecutive positions of the stream, with everything that their predictions may depend on."""
 
     hidden_states: Tensor  # (C, d)
     base_log_probabilities: Tensor  # (C, V)
+    base_log_partitions: Tensor  # (C,)
     neighbours: Neighbours | None  # None where no expert asked for them
+    slow: SlowSoftmax | None = None  # None where no expert asked for it
+
+    def part(self, positions: slice) -> "Chunk":
+        """Return some of the positions, without the slowly adapted layer."""
+        return replace(
+            self,
+            hidden_states=self.hidden_states[positions],
+            base_log_probabilities=self.base_log_probabilities[positions],
+            base_log_partitions=self.base_log_partitions[positions],
+            neighbours=None if self.neighbours is None else self.neighbours.of(positions),
+            slow=None,
+        )
 
 
 class Expert(Protocol):
     """One way to predict the next token."""
 
     name: str
-    needs_neighbours: bool
+    neighbours: int
+    """How many neighbours of each position it wants; 0 for none. It may be given more."""
+    needs_slow_weights: bool
 
     def log_probabilities(self, chunk: Chunk) -> Tensor:
         """Return the log-probabilities (C, V) of the next token at each position, as generation needs them."""
@@ -32,4 +57,8 @@ class Expert(Protocol):
 
     def target_log_probabilities(self, chunk: Chunk, targets: Tensor) -> Tensor:
         """Return the log-probabilities (C,) of given tokens (C,), as evaluation needs them."""
+        ...
+
+    def details(self) -> dict[str, float]:
+        """Return what else it has to report of the stream so far, by name."""
         ...

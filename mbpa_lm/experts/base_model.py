@@ -10,10 +10,14 @@ class BaseModelExpert:
     """The base softmax, which every other expert is compared with."""
 
     name = "base"
-    needs_neighbours = False
+    neighbours = 0
+    needs_slow_weights = False
 
     def log_probabilities(self, chunk: Chunk) -> Tensor:
         return chunk.base_log_probabilities
 
     def target_log_probabilities(self, chunk: Chunk, targets: Tensor) -> Tensor:
         return pick(chunk.base_log_probabilities, targets)
+
+    def details(self) -> dict[str, float]:
+        return {}

@@ -4,40 +4,39 @@ The neighbours of the query are weighted by the kernel, the layer takes a few gr
 weights, predicts once, and is discarded.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from mbpa_lm.adaptation import dual, reference, restricted
-from mbpa_lm.adaptation.kernels import gaussian, inverse_distance, neighbour_weights
-from mbpa_lm.adaptation.problem import BaseSoftmax, Problem, pick
+from mbpa_lm.adaptation.kernels import Weighting, gaussian, inverse_distance, normalized, unnormalized, within_reach
+from mbpa_lm.adaptation.problem import BaseSoftmax, Problem, TrainedSoftmax, pick
 from mbpa_lm.adaptation.rule import AdaptationRule
+from mbpa_lm.adaptation.selection import most_informative
 from mbpa_lm.config import AdaptationConfig
 from mbpa_lm.errors import AdaptationError
 from mbpa_lm.experts.base import Chunk
+from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.models.base import OutputLayer
-
-Solver = Callable[[Problem, AdaptationRule, Tensor | None], Tensor]
 
 
 class MbpaExpert:
     """The base model with its output layer adapted to the neighbours of each position."""
 
-    name = "mbpa"
-    needs_neighbours = True
-
-    def __init__(self, output_layer: OutputLayer, config: AdaptationConfig) -> None:
-        solvers: dict[str, Solver] = {
-            "restricted": partial(restricted.solve, moved_words=config.moved_words),
-            "dual": dual.solve,
-            "reference": reference.solve,
-        }
+    def __init__(
+        self, output_layer: OutputLayer, config: AdaptationConfig, neighbours: int, from_slow_weights: bool = False
+    ) -> None:
+        self.name = "mbpa+persistent" if from_slow_weights else "mbpa"
+        self.needs_slow_weights = from_slow_weights
+        self.neighbours = max(neighbours, config.candidates) if config.selection == "informative" else neighbours
+        self._used = neighbours
         self._layer = output_layer
-        self._solve = solvers[config.solver]
-        self._rule = AdaptationRule(config.steps, config.alpha, config.beta, config.optimizer, config.bias)
-        self._kernel = gaussian(config.bandwidth) if config.kernel == "gaussian" else inverse_distance(config.epsilon)
+        self._config = config
+        schedule = None if config.schedule is None else tuple(config.schedule)
+        self._rule = AdaptationRule(
+            config.steps, config.alpha, config.beta, config.optimizer, config.momentum, config.bias, schedule
+        )
+        self._weigh = make_weighting(config)
+        self._bounds = _Bounds()
 
     def log_probabilities(self, chunk: Chunk) -> Tensor:
         """Return the adapted log-probabilities (C, V); raises AdaptationError where they are not finite."""
@@ -47,10 +46,15 @@ class MbpaExpert:
         """Return the adapted log-probabilities (C,) of the targets; raises AdaptationError where they are not finite."""
         return self._adapt(chunk, targets)
 
+    def details(self) -> dict[str, float]:
+        """Return what is known of the solver's own error so far: nothing where it makes none."""
+        return self._bounds.summary()
+
     def _adapt(self, chunk: Chunk, targets: Tensor | None) -> Tensor:
         if self._rule.steps == 0 or self._rule.alpha == 0:
-            return pick(chunk.base_log_probabilities, targets)
-        adapted = self._solve(self._problem(chunk), self._rule, targets)
+            start = chunk.base_log_probabilities if chunk.slow is None else chunk.slow.log_probabilities
+            return pick(start, targets)
+        adapted = self._solve(self._problem(chunk), targets)
         if not bool(torch.isfinite(adapted).all()):
             raise AdaptationError(
                 f"the adaptation diverged with adaptation.alpha {self._rule.alpha} and adaptation.steps {self._rule.steps}; "
@@ -58,17 +62,73 @@ class MbpaExpert:
             )
         return adapted
 
+    def _solve(self, problem: Problem, targets: Tensor | None) -> Tensor:
+        if self._config.solver == "dual":
+            return dual.solve(problem, self._rule, targets)
+        if self._config.solver == "reference":
+            return reference.solve(problem, self._rule, targets)
+        config = self._config
+        solution = restricted.solve_with_bounds(problem, self._rule, targets, config.moved_words, config.tolerance)
+        self._bounds.add(solution)
+        return solution.log_probabilities
+
     def _problem(self, chunk: Chunk) -> Problem:
         assert chunk.neighbours is not None
-        found = chunk.neighbours.entries
+        neighbours = self._select(chunk.neighbours, chunk.hidden_states)
+        layer = self._layer if chunk.slow is None else OutputLayer(chunk.slow.weight, chunk.slow.bias)
         return Problem(
-            weight_Vd=self._layer.weight.detach(),
-            bias_V=None if self._layer.bias is None else self._layer.bias.detach(),
-            keys_BKd=found.keys,
-            values_BK=found.values,
-            weights_BK=neighbour_weights(self._kernel(chunk.neighbours.squared_distances)),
+            weight_Vd=layer.weight.detach(),
+            bias_V=None if layer.bias is None else layer.bias.detach(),
+            keys_BKd=neighbours.entries.keys,
+            values_BK=neighbours.entries.values,
+            weights_BK=self._weigh(neighbours.squared_distances),
             queries_Bd=chunk.hidden_states,
-            base=BaseSoftmax(
-                chunk.base_log_probabilities, found.log_partitions, found.likely_words, found.likely_log_probabilities
-            ),
+            base=self._base(chunk, neighbours.entries),
         )
+
+    def _base(self, chunk: Chunk, found: Entries) -> BaseSoftmax:
+        at_keys = (found.log_partitions, found.likely_words, found.likely_probabilities)
+        if chunk.slow is None:
+            return BaseSoftmax(chunk.base_log_probabilities, *at_keys)
+        weight, bias = self._layer
+        bias = None if bias is None else bias.detach()
+        trained = TrainedSoftmax(weight.detach(), bias, chunk.base_log_probabilities, chunk.base_log_partitions)
+        return BaseSoftmax(chunk.slow.log_probabilities, *at_keys, chunk.slow.log_partitions, trained)
+
+    def _select(self, neighbours: Neighbours, queries: Tensor) -> Neighbours:
+        if self._config.selection == "nearest":
+            return neighbours.first(self._used)
+        candidates = neighbours.first(self._config.candidates)
+        present = candidates.positions >= 0
+        columns = most_informative(candidates.entries.keys.float(), queries.float(), present, self._used)
+        return candidates.at(columns)
+
+
+def make_weighting(config: AdaptationConfig) -> Weighting:
+    """Return the weights of neighbours at given distances, as configured."""
+    kernel = gaussian(config.bandwidth) if config.kernel == "gaussian" else inverse_distance(config.epsilon)
+    if config.weighting == "within_reach":
+        return within_reach(kernel, config.reach)
+    return unnormalized(kernel) if config.weighting == "unnormalized" else normalized(kernel)
+
+
+class _Bounds:
+    """Adds up the restricted solver's bounds of its own error."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._largest, self._widened = 0, 0.0, 0.0, 0
+
+    def add(self, solution: restricted.Solution) -> None:
+        self._count += len(solution.bounds_B)
+        self._sum += float(solution.bounds_B.double().sum())
+        self._largest = max(self._largest, float(solution.bounds_B.max()))
+        self._widened += int(solution.widened_B.sum())
+
+    def summary(self) -> dict[str, float]:
+        if not self._count:
+            return {}
+        return {
+            "error_bound_mean_nats": self._sum / self._count,
+            "error_bound_worst_nats": self._largest,
+            "widened_share": self._widened / self._count,
+        }

@@ -6,6 +6,7 @@ Dimensions: `C` positions of a chunk, `K` neighbours, `c` likely words an entry,
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -16,12 +17,12 @@ class Entries:
     keys: Tensor  # (C, d) hidden states
     values: Tensor  # (C,) int64, the token that followed
     log_partitions: Tensor  # (C,), log sum of exp of the base model's logits at the key
-    likely_words: Tensor  # (C, c) int64, the base model's likeliest next words at the key, in any order
-    likely_log_probabilities: Tensor  # (C, c)
+    likely_words: Tensor  # (C, c) int32, the base model's likeliest next words at the key, in any order
+    likely_probabilities: Tensor  # (C, c)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the five tensors in the order in which they are declared."""
-        return self.keys, self.values, self.log_partitions, self.likely_words, self.likely_log_probabilities
+        return self.keys, self.values, self.log_partitions, self.likely_words, self.likely_probabilities
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,24 @@ class Neighbours:
     entries: Entries  # (C, K, ...)
     squared_distances: Tensor  # (C, K), inf where empty
     positions: Tensor  # (C, K) int64, how many entries were written before this one; -1 where empty
+
+    def first(self, count: int) -> "Neighbours":
+        """Return the nearest `count` of them."""
+        if count >= self.positions.shape[1]:
+            return self
+        entries = Entries(*(tensor[:, :count] for tensor in self.entries.tensors()))
+        return Neighbours(entries, self.squared_distances[:, :count], self.positions[:, :count])
+
+    def of(self, positions: slice) -> "Neighbours":
+        """Return those of some of the positions."""
+        entries = Entries(*(tensor[positions] for tensor in self.entries.tensors()))
+        return Neighbours(entries, self.squared_distances[positions], self.positions[positions])
+
+    def at(self, columns: Tensor) -> "Neighbours":
+        """Return those in the given columns (C, k)."""
+        rows = torch.arange(len(columns), device=columns.device)[:, None]
+        entries = Entries(*(tensor[rows, columns] for tensor in self.entries.tensors()))
+        return Neighbours(entries, self.squared_distances[rows, columns], self.positions[rows, columns])
 
 
 class Memory(Protocol):
