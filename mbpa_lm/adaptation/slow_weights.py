@@ -122,12 +122,16 @@ class SlowWeights:
 
 def _pull(slow: Tensor, trained: Tensor, gradient: Tensor, scale: Tensor, rule: SlowRule, share: float) -> None:
     """Take the step of the module's docstring in place; the gradient is multiplied by `share`."""
-    if slow.device.type == "cpu":
+    if _on_cpu(slow):
         arrays = (tensor.numpy().reshape(len(slow), -1) for tensor in (slow, trained, gradient, scale))
         _pull_compiled(*arrays, rule.rate * share, rule.decay, rule.smoothing)
         return
     step = gradient.mul_(rule.rate * share).div_(scale + rule.smoothing)
     slow.sub_(trained).mul_(1 - (scale * rule.decay).clamp_(max=1)).add_(trained).sub_(step)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 @compiled_loop
