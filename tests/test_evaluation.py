@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from mbpa_lm import commands
+from mbpa_lm.config import EXPERTS, AdaptationConfig
+from mbpa_lm.progress import console
 
 Options = Callable[..., list[str]]
 
@@ -20,9 +22,12 @@ def evaluate(options: Options, trained_run: Path, run: Path, *more: str) -> dict
     return json.loads((run / "metrics.json").read_text())
 
 
-def test_metrics_say_all_of_it(options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_say_all_of_it(
+    options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "width", 160)
     metrics = evaluate(options, trained_run, tmp_path)
-    assert list(metrics["experts"]) == ["base", "mbpa"]
+    assert list(metrics["experts"]) == list(EXPERTS)
     for values in metrics["experts"].values():
         assert values["tokens"] == metrics["stream"]["scored"] == metrics["stream"]["tokens"] - 1
         assert values["perplexity"] == pytest.approx(math.exp(values["nats_per_token"]))
@@ -34,6 +39,10 @@ def test_metrics_say_all_of_it(options: Options, trained_run: Path, tmp_path: Pa
     assert metrics["stream"]["documents"] == 1
     assert metrics["peak_memory_bytes"] > 10_000_000
     assert {"command", "commit", "date", "machine", "config", "checkpoint"} <= set(metrics)
+    for name in ("mbpa", "mbpa+persistent"):  # the restricted solver tells how far off it may be
+        values = metrics["experts"][name]
+        assert 0 < values["error_bound_mean_nats"] < values["error_bound_worst_nats"] <= AdaptationConfig().tolerance
+        assert 0 <= values["widened_share"] < 1
     losses = load_file(tmp_path / "losses.safetensors")
     for name, values in metrics["experts"].items():
         assert float(np.mean(losses[name], dtype=np.float64)) == pytest.approx(values["nats_per_token"])
@@ -51,12 +60,21 @@ def test_metrics_say_all_of_it(options: Options, trained_run: Path, tmp_path: Pa
         assert text in shown
 
 
+@pytest.mark.xfail(strict=True, reason="four experts make the tables wider than 80 columns, and headings are cut short")
+def test_tables_fit_a_terminal_of_80_columns(
+    options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "width", 80)
+    evaluate(options, trained_run, tmp_path)
+    assert "…" not in capsys.readouterr().out
+
+
 def test_a_run_gives_the_same_losses_again_and_in_any_chunks(options: Options, trained_run: Path, tmp_path: Path) -> None:
     losses = []
     for name, chunk in (("a", "100"), ("b", "100"), ("c", "7")):
         evaluate(options, trained_run, tmp_path / name, "--evaluation.chunk_length", chunk)
         losses.append(load_file(tmp_path / name / "losses.safetensors"))
-    for expert in ("base", "mbpa"):
+    for expert in EXPERTS:
         assert (losses[0][expert] == losses[1][expert]).all()
         np.testing.assert_allclose(losses[0][expert], losses[2][expert], atol=1e-4)
 

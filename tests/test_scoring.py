@@ -1,35 +1,44 @@
 """What must hold of every expert on every model: no prediction sees its future, and chunks change nothing."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
+from mbpa_lm.adaptation.likely_words import likely_words
 from mbpa_lm.config import AdaptationConfig
 from mbpa_lm.errors import AdaptationError
 from mbpa_lm.experts.base import Chunk, Expert
 from mbpa_lm.experts.base_model import BaseModelExpert
-from mbpa_lm.experts.mbpa import MbpaExpert
+from mbpa_lm.experts.mbpa import MbpaExpert, make_weighting
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.base import OutputLayer
 from mbpa_lm.scoring import score_stream
 from tests.conftest import small_model
 
-EXPERTS: dict[str, Callable[[OutputLayer], Expert]] = {
-    "base": lambda layer: BaseModelExpert(),
-    "mbpa": lambda layer: MbpaExpert(layer, AdaptationConfig(steps=1, alpha=0.2, moved_words=5)),
-    "mbpa of ten steps": lambda layer: MbpaExpert(
-        layer, AdaptationConfig(steps=10, alpha=0.05, beta=0.1, kernel="gaussian", moved_words=5)
-    ),
-    "mbpa on all words": lambda layer: MbpaExpert(layer, AdaptationConfig(solver="dual", steps=3, alpha=0.1)),
-    "mbpa by reference": lambda layer: MbpaExpert(
-        layer, AdaptationConfig(solver="reference", optimizer="rmsprop", steps=2, alpha=0.01, bias=False)
-    ),
-}
 MODELS = ["lstm", "transformer"]
 LENGTH, WINDOW, NEIGHBOURS, LIKELY = 160, 50, 6, 8
+
+
+def mbpa(**settings: object) -> Callable[[OutputLayer], Expert]:
+    return lambda layer: MbpaExpert(layer, AdaptationConfig(**{"moved_words": 5, **settings}), NEIGHBOURS)
+
+
+EXPERTS: dict[str, Callable[[OutputLayer], Expert]] = {
+    "base": lambda layer: BaseModelExpert(),
+    "mbpa": mbpa(steps=1, alpha=0.2),
+    "mbpa of ten steps": mbpa(steps=10, alpha=0.05, beta=0.1, kernel="gaussian"),
+    "mbpa on all words": mbpa(solver="dual", steps=3, alpha=0.1),
+    "mbpa by reference": mbpa(solver="reference", optimizer="rmsprop", steps=2, alpha=0.01, bias=False),
+    "mbpa with momentum": mbpa(solver="dual", optimizer="momentum", momentum=0.8, steps=4, alpha=0.05),
+    "mbpa within reach": mbpa(steps=3, alpha=0.1, weighting="within_reach", reach=2.0),
+    "mbpa unnormalized": mbpa(steps=3, alpha=0.1, weighting="unnormalized", epsilon=1.0),
+    "mbpa on informative neighbours": mbpa(steps=3, alpha=0.1, selection="informative", candidates=12),
+    "mbpa widened": mbpa(steps=3, alpha=0.1, tolerance=1e-6),
+}
 
 
 def random_stream(seed: int = 0) -> np.ndarray:
@@ -40,7 +49,7 @@ def losses(kind: str, expert: str, tokens: np.ndarray, chunk_length: int) -> np.
     model = small_model(kind)
     memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
     experts = [EXPERTS[expert](model.output_layer())]
-    scores = score_stream(model, tokens, experts, memory, NEIGHBOURS, chunk_length)
+    scores = score_stream(model, tokens, experts, memory, chunk_length)
     (values,) = scores.losses.values()
     return values
 
@@ -79,29 +88,29 @@ def test_text_that_repeats_is_predicted_better_with_a_memory() -> None:
     assert adapted[60:].mean() < base[60:].mean() - 0.2
 
 
-def make_chunk(model: torch.nn.Module, tokens: np.ndarray) -> Chunk:
+def make_chunk(model: torch.nn.Module, tokens: np.ndarray, neighbours: int = NEIGHBOURS) -> Chunk:
     with torch.no_grad():
         hidden_states = model(torch.from_numpy(tokens.astype(np.int64))[None]).hidden_states[0]
-        log_probabilities = model.output_layer().logits(hidden_states).log_softmax(-1)
+        logits = model.output_layer().logits(hidden_states)
     memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
     targets = torch.from_numpy(np.roll(tokens, -1).astype(np.int64))
-    likely = log_probabilities.topk(LIKELY)
-    log_partitions = model.output_layer().logits(hidden_states).logsumexp(-1)
-    entries = Entries(hidden_states, targets, log_partitions.detach(), likely.indices, likely.values)
-    found = memory.read_and_write(entries, NEIGHBOURS)
-    return Chunk(hidden_states, log_probabilities, found)
+    log_partitions, log_probabilities = logits.logsumexp(-1), logits.log_softmax(-1)
+    entries = Entries(hidden_states, targets, log_partitions, *likely_words(log_probabilities, LIKELY))
+    return Chunk(hidden_states, log_probabilities, log_partitions, memory.read_and_write(entries, neighbours))
 
 
 @pytest.mark.parametrize("expert", EXPERTS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_distributions_sum_to_one(kind: str, expert: str) -> None:
     model = small_model(kind)
-    log_probabilities = EXPERTS[expert](model.output_layer()).log_probabilities(make_chunk(model, random_stream()))
+    made = EXPERTS[expert](model.output_layer())
+    chunk = make_chunk(model, random_stream(), max(1, made.neighbours))
+    log_probabilities = made.log_probabilities(chunk)
     assert log_probabilities.shape == (LENGTH, 30)
     torch.testing.assert_close(log_probabilities.exp().sum(-1), torch.ones(LENGTH, dtype=torch.float64))
     assert (log_probabilities <= 0).all()
     targets = torch.from_numpy(random_stream(1).astype(np.int64))
-    of_targets = EXPERTS[expert](model.output_layer()).target_log_probabilities(make_chunk(model, random_stream()), targets)
+    of_targets = made.target_log_probabilities(chunk, targets)
     torch.testing.assert_close(of_targets, log_probabilities.gather(1, targets[:, None])[:, 0], atol=1e-12, rtol=0)
 
 
@@ -110,7 +119,7 @@ def test_distributions_sum_to_one(kind: str, expert: str) -> None:
 def test_no_step_is_the_base_model_to_the_bit(solver: str, nothing: dict[str, float]) -> None:
     model = small_model("lstm")
     chunk = make_chunk(model, random_stream())
-    expert = MbpaExpert(model.output_layer(), AdaptationConfig(solver=solver, **nothing))
+    expert = MbpaExpert(model.output_layer(), AdaptationConfig(solver=solver, **nothing), NEIGHBOURS)
     assert torch.equal(expert.log_probabilities(chunk), chunk.base_log_probabilities)
 
 
@@ -122,7 +131,7 @@ def test_the_first_prediction_has_no_memory_and_is_the_base_model_s() -> None:
 
 def test_a_step_too_long_is_reported_by_name() -> None:
     model = small_model("lstm")
-    expert = MbpaExpert(model.output_layer(), AdaptationConfig(steps=30, alpha=1e308))
+    expert = MbpaExpert(model.output_layer(), AdaptationConfig(steps=30, alpha=1e308), NEIGHBOURS)
     with pytest.raises(AdaptationError, match=r"diverged with adaptation\.alpha 1e\+308 and adaptation\.steps 30; make one"):
         expert.log_probabilities(make_chunk(model, random_stream()))
 
@@ -131,6 +140,76 @@ def test_progress_and_time_are_told() -> None:
     model, told = small_model("lstm"), []
     memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
     experts = [make(model.output_layer()) for make in (EXPERTS["base"], EXPERTS["mbpa"])]
-    scores = score_stream(model, random_stream(), experts, memory, 3, 50, lambda scored, scores: told.append(scored))
+    scores = score_stream(model, random_stream(), experts, memory, 50, on_progress=lambda scored, scores: told.append(scored))
     assert told == [50, 100, 150, LENGTH - 1]
     assert 0 < scores.seconds["base"] < scores.seconds["mbpa"]
+
+
+def test_an_expert_is_not_disturbed_by_another_that_wants_more_neighbours() -> None:
+    model = small_model("lstm")
+    layer = model.output_layer()
+    few, more = EXPERTS["mbpa"](layer), EXPERTS["mbpa on informative neighbours"](layer)
+    assert (few.neighbours, more.neighbours) == (NEIGHBOURS, 12)
+    more.name = "more"
+    memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
+    together = score_stream(model, random_stream(), [few, more], memory, 25).losses
+    np.testing.assert_allclose(together["mbpa"], losses("lstm", "mbpa", random_stream(), 25), atol=1e-6)
+    alone = losses("lstm", "mbpa on informative neighbours", random_stream(), 25)
+    np.testing.assert_allclose(together["more"], alone, atol=1e-6)
+
+
+def test_no_memory_is_kept_where_no_expert_asks_for_neighbours() -> None:
+    model = small_model("lstm")
+    memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
+    scores = score_stream(model, random_stream(), [BaseModelExpert()], memory, 25)
+    assert len(memory) == 0
+    assert np.isfinite(scores.losses["base"]).all()
+
+
+def test_informative_neighbours_are_chosen_among_all_candidates() -> None:
+    model = small_model("lstm")
+    layer, chunk = model.output_layer(), make_chunk(model, random_stream(), 12)
+    settings = {"solver": "dual", "steps": 3, "alpha": 0.1}
+    of_all = MbpaExpert(layer, AdaptationConfig(**settings), 12).log_probabilities(chunk)
+    informative = {"selection": "informative", "candidates": 12}
+    for count in (12, 6):
+        chosen = MbpaExpert(layer, AdaptationConfig(**settings, **informative), count).log_probabilities(chunk)
+        nearest = MbpaExpert(layer, AdaptationConfig(**settings), count).log_probabilities(chunk)
+        if count == 12:
+            torch.testing.assert_close(chosen, of_all, atol=1e-10, rtol=0)  # the same ones in another order
+        torch.testing.assert_close(chosen[: count + 1], nearest[: count + 1], atol=1e-10, rtol=0)  # there is no choice yet
+    assert (chosen - nearest).abs().max() > 1e-2
+
+
+def test_the_restricted_solver_tells_its_error_and_the_others_make_none() -> None:
+    model, tokens = small_model("lstm"), random_stream()
+    details = {}
+    for name in ("mbpa", "mbpa widened", "mbpa on all words", "mbpa by reference", "base"):
+        expert = EXPERTS[name](model.output_layer())
+        memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
+        score_stream(model, tokens, [expert], memory, 25)
+        details[name] = expert.details()
+    for name in ("mbpa on all words", "mbpa by reference", "base"):
+        assert details[name] == {}
+    unwidened, widened = details["mbpa"], details["mbpa widened"]
+    assert widened["widened_share"] == pytest.approx((LENGTH - 2) / (LENGTH - 1))  # the first position has no neighbours
+    assert widened["error_bound_worst_nats"] <= 1e-6
+    assert 0 <= unwidened["widened_share"] < 1
+    assert 0 < unwidened["error_bound_mean_nats"] < unwidened["error_bound_worst_nats"] <= AdaptationConfig().tolerance
+
+
+@pytest.mark.parametrize("kernel", ["inverse_distance", "gaussian"])
+def test_neighbours_are_weighed_as_configured(kernel: str) -> None:
+    near, far, at_reach = {
+        "inverse_distance": (1 / 0.5, 1 / 3.5, 1 / 4.5),
+        "gaussian": (1.0, math.exp(-3 / 0.5), math.exp(-4 / 0.5)),
+    }[kernel]
+    expected = {
+        "normalized": near + far,
+        "within_reach": near + far + at_reach,
+        "unnormalized": near,
+    }
+    for weighting, total in expected.items():
+        config = AdaptationConfig(kernel=kernel, epsilon=0.5, bandwidth=0.5, weighting=weighting, reach=2.0)
+        weights = make_weighting(config)(torch.tensor([[0.0, 3.0, math.inf]], dtype=torch.float64))
+        torch.testing.assert_close(weights, torch.tensor([[near, far, 0.0]], dtype=torch.float64) / total)

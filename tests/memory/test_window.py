@@ -20,8 +20,8 @@ def make_entries(keys: torch.Tensor, seed: int = 0) -> Entries:
         keys,
         torch.randint(0, 9, (count,), generator=generator),
         torch.randn(count, generator=generator, dtype=torch.float64),
-        torch.randint(0, 9, (count, LIKELY), generator=generator),
-        torch.randn(count, LIKELY, generator=generator, dtype=torch.float64),
+        torch.randint(0, 9, (count, LIKELY), generator=generator, dtype=torch.int32),
+        torch.rand(count, LIKELY, generator=generator, dtype=torch.float64),
     )
 
 
@@ -30,9 +30,9 @@ def random_entries(count: int, dimension: int = 5, seed: int = 0) -> Entries:
     return make_entries(torch.randn(count, dimension, generator=generator, dtype=torch.float64), seed)
 
 
-def read_in_chunks(size: int, chunk: int, stream: Entries, K: int) -> Neighbours:
-    count = len(stream.keys)
-    memory = WindowMemory(size, stream.keys.shape[1], LIKELY, torch.float64, torch.device("cpu"))
+def read_in_chunks(size: int, chunk: int, stream: Entries, K: int, metric: torch.Tensor | None = None) -> Neighbours:
+    count, dtype = len(stream.keys), stream.keys.dtype
+    memory = WindowMemory(size, stream.keys.shape[1], LIKELY, dtype, torch.device("cpu"), metric)
     parts = [
         memory.read_and_write(Entries(*(tensor[begin : begin + chunk] for tensor in stream.tensors())), K)
         for begin in range(0, count, chunk)
@@ -45,14 +45,15 @@ def read_in_chunks(size: int, chunk: int, stream: Entries, K: int) -> Neighbours
     )
 
 
-def search_plainly(size: int, stream: Entries, K: int) -> Neighbours:
+def search_plainly(size: int, stream: Entries, K: int, metric: torch.Tensor | None = None) -> Neighbours:
     count = len(stream.keys)
+    metric = torch.ones(stream.keys.shape[1], dtype=torch.float64) if metric is None else metric
     found = Entries(*(torch.zeros(count, K, *tensor.shape[1:], dtype=tensor.dtype) for tensor in stream.tensors()))
     distances = torch.full((count, K), math.inf, dtype=torch.float64)
     positions = torch.full((count, K), -1)
     for query in range(count):
         visible = range(max(0, query - size), query)
-        to_entry = {entry: float((stream.keys[entry] - stream.keys[query]).square().sum()) for entry in visible}
+        to_entry = {entry: float((metric * (stream.keys[entry] - stream.keys[query]).square()).sum()) for entry in visible}
         for place, entry in enumerate(sorted(visible, key=lambda entry: (to_entry[entry], -entry))[:K]):
             for target, source in zip(found.tensors(), stream.tensors(), strict=True):
                 target[query, place] = source[entry]
@@ -105,4 +106,94 @@ def test_far_away_keys_keep_exact_distances() -> None:
     assert found.positions[3].tolist() == [0, 1, 2]
     torch.testing.assert_close(
         found.squared_distances[3], torch.tensor([0.0, 1e-6, 4e-6], dtype=torch.float64), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("metric", [None, torch.tensor([0.2, 1.0, 3.0, 0.01, 10.0] * 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_of_any_length_find_the_same_to_the_bit(dtype: torch.dtype, metric: torch.Tensor | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = 30 + torch.randn(30, 20, generator=generator, dtype=dtype)[torch.randint(0, 30, (400,), generator=generator)]
+    keys[::2] += torch.randn(200, 20, generator=generator, dtype=dtype)  # half of the keys are copies of one another
+    one_by_one = read_in_chunks(60, 1, make_entries(keys), 8, metric)
+    for chunk in (7, 100, 400):
+        found = read_in_chunks(60, chunk, make_entries(keys), 8, metric)
+        assert torch.equal(found.positions, one_by_one.positions)
+        assert torch.equal(found.squared_distances, one_by_one.squared_distances)
+        for one, other in zip(found.entries.tensors(), one_by_one.entries.tensors(), strict=True):
+            assert torch.equal(one, other)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(1, 100), st.integers(1, 12), st.integers(0, 5))
+def test_a_metric_stretches_distances_and_not_the_keys(size: int, count: int, chunk: int, K: int, seed: int) -> None:
+    metric = torch.rand(5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 4 + 0.01
+    stream = random_entries(count, seed=seed)
+    assert_same(read_in_chunks(size, chunk, stream, K, metric), search_plainly(size, stream, K, metric))
+
+
+def test_a_metric_through_windows_that_wrap() -> None:
+    metric = torch.tensor([100.0, 1.0, 0.01], dtype=torch.float64)
+    stream = random_entries(1500, dimension=3)
+    found = read_in_chunks(150, 100, stream, 4, metric)
+    assert_same(found, search_plainly(150, stream, 4, metric))
+    assert not torch.equal(found.positions, read_in_chunks(150, 100, stream, 4).positions)
+
+
+def test_a_metric_by_hand() -> None:
+    # From (0, 0) to (1, 0) it is 9, to (0, 2) it is 1: the metric turns round which one is near.
+    keys = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]], dtype=torch.float64)
+    found = read_in_chunks(10, 3, make_entries(keys), 2, torch.tensor([9.0, 0.25], dtype=torch.float64))
+    assert found.positions[2].tolist() == [1, 0]
+    assert found.squared_distances[2].tolist() == [1.0, 9.0]
+    assert found.entries.keys[2].tolist() == [[0.0, 2.0], [1.0, 0.0]]
+
+
+def test_a_window_in_half_precision_keeps_partitions_in_single_precision() -> None:
+    stream = random_entries(30)
+    memory = WindowMemory(20, 5, LIKELY, torch.bfloat16, torch.device("cpu"))
+    found = memory.read_and_write(stream, 3)
+    assert found.entries.keys.dtype == found.entries.likely_probabilities.dtype == torch.bfloat16
+    assert found.entries.log_partitions.dtype == torch.float32
+    assert found.entries.likely_words.dtype == torch.int32
+    newest = found.positions[29, 0]
+    assert float(found.entries.log_partitions[29, 0]) == pytest.approx(float(stream.log_partitions[newest]), rel=1e-6)
+
+
+def assert_columns(found: Neighbours, of: Neighbours, columns: list[list[int]]) -> None:
+    """Assert that `found` holds the given columns of each row."""
+    for row, chosen in enumerate(columns):
+        for place, column in enumerate(chosen):
+            assert found.positions[row, place] == of.positions[row, column]
+            assert found.squared_distances[row, place] == of.squared_distances[row, column]
+            for one, other in zip(found.entries.tensors(), of.entries.tensors(), strict=True):
+                assert torch.equal(one[row, place], other[row, column])
+
+
+def test_the_first_neighbours_are_those_of_a_search_for_fewer() -> None:
+    stream = random_entries(30)
+    found = read_in_chunks(20, 10, stream, 9)
+    assert_same(found.first(4), read_in_chunks(20, 10, stream, 4))
+    assert found.first(9) is found
+    assert found.first(100) is found
+
+
+def test_neighbours_in_given_columns() -> None:
+    found = read_in_chunks(20, 10, random_entries(30), 9)
+    columns = [[(row + step) % 9 for step in (3, 0, 5, 3)] for row in range(30)]
+    chosen = found.at(torch.tensor(columns))
+    assert chosen.positions.shape == (30, 4)
+    assert_columns(chosen, found, columns)
+
+
+def test_neighbours_of_some_positions() -> None:
+    found = read_in_chunks(20, 10, random_entries(30), 5)
+    some = found.of(slice(4, 9))
+    assert len(some.positions) == 5
+    assert_columns(
+        some,
+        Neighbours(
+            Entries(*(tensor[4:9] for tensor in found.entries.tensors())), found.squared_distances[4:9], found.positions[4:9]
+        ),
+        [list(range(5))] * 5,
     )
