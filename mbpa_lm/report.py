@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -44,18 +45,18 @@ def print_tables(metrics: Mapping[str, Any]) -> None:
     base = experts["base"]["perplexity"]
     stream = metrics["stream"]
     title = f"{stream['name']}: {stream['scored']:,} tokens scored of {stream['tokens']:,}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("expert")
-    for name in ("perplexity", "vs base", "bits/tok", "bits/word", "bits/char", "tokens/s"):
-        table.add_column(name, justify="right")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("expert", no_wrap=True)
+    by_word = any(values["bits_per_word"] != values["bits_per_token"] for values in experts.values())
+    bits = ["bits_per_word" if by_word else "bits_per_token", "bits_per_character"]
+    for heading in ("perplexity", "vs base", *(name.replace("_per_", "/").removesuffix("acter") for name in bits), "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, values in experts.items():
         table.add_row(
-            name,
+            _heading(name),
             f"{values['perplexity']:.2f}",
             "" if name == "base" else f"{values['perplexity'] / base - 1:+.1%}",
-            f"{values['bits_per_token']:.3f}",
-            f"{values['bits_per_word']:.3f}",
-            f"{values['bits_per_character']:.3f}",
+            *(f"{values[measure]:.3f}" for measure in bits),
             f"{values['tokens_per_second']:,.0f}",
         )
     console.print(table)
@@ -79,21 +80,19 @@ def print_fitted(fitted: FittedAdaptation) -> None:
     console.print(table)
 
 
+def _heading(name: str) -> str:
+    """Let a long name take two lines, so that a table of all experts fits an ordinary terminal."""
+    return name.replace("+", "+\n")
+
+
 def _print_groups(title: str, experts: Mapping[str, Any], group: str) -> None:
-    table = Table(title=title, title_justify="left")
-    table.add_column("words")
+    table = Table(title=f"{title}; of the others, change against base", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("words", min_width=12)
     table.add_column("tokens", justify="right")
     for name in experts:
-        table.add_column(name, justify="right")
-        if name != "base":
-            table.add_column("vs base", justify="right")
+        table.add_column(_heading(name), justify="right")
     for row, base in experts["base"][group].items():
         if base["tokens"]:
-            cells = [row, f"{base['tokens']:,}"]
-            for name, values in experts.items():
-                perplexity = values[group][row]["perplexity"]
-                cells.append(f"{perplexity:,.1f}")
-                if name != "base":
-                    cells.append(f"{perplexity / base['perplexity'] - 1:+.1%}")
-            table.add_row(*cells)
+            changes = [values[group][row]["perplexity"] / base["perplexity"] - 1 for values in experts.values()][1:]
+            table.add_row(row, f"{base['tokens']:,}", f"{base['perplexity']:,.1f}", *(f"{change:+.1%}" for change in changes))
     console.print(table)

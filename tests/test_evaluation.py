@@ -60,7 +60,6 @@ def test_metrics_say_all_of_it(
         assert text in shown
 
 
-@pytest.mark.xfail(strict=True, reason="four experts make the tables wider than 80 columns, and headings are cut short")
 def test_tables_fit_a_terminal_of_80_columns(
     options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,7 +160,6 @@ def test_no_word_of_the_vocabulary_is_farther_off_than_its_bound(adapted_states:
             assert float(errors.max()) <= tolerance + rounding
 
 
-@pytest.mark.xfail(strict=True, reason="the second order is measured at the query, but what it leaves out happens at the keys")
 def test_the_bound_holds_for_long_steps_too(adapted_states: tuple[Problem, torch.Tensor]) -> None:
     problem, rounding = adapted_states[0], 1e-3
     for alpha in (0.5, 1.0):

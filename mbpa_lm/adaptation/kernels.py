@@ -32,7 +32,7 @@ def normalized(kernel: Kernel) -> Weighting:
     """Return the paper's weights, kern(h_k, q) / sum_j kern(h_j, q): the neighbours pull 1 in total, however far they are."""
 
     def weigh(squared_distances_BK: Tensor) -> Tensor:
-        log_similarities_BK = kernel(squared_distances_BK)
+        log_similarities_BK = _log_similarities(kernel, squared_distances_BK)
         alone = log_similarities_BK.amax(dim=1, keepdim=True) == -math.inf
         return torch.softmax(log_similarities_BK.masked_fill(alone, 0.0), dim=1).masked_fill(alone, 0.0)
 
@@ -48,7 +48,7 @@ def within_reach(kernel: Kernel, reach: float | Tensor) -> Weighting:
     def weigh(squared_distances_BK: Tensor) -> Tensor:
         at_reach_B1 = torch.as_tensor(reach, dtype=squared_distances_BK.dtype, device=squared_distances_BK.device).square()
         with_one_more = torch.cat([squared_distances_BK, at_reach_B1.expand(len(squared_distances_BK), 1)], dim=1)
-        return torch.softmax(kernel(with_one_more), dim=1)[:, :-1]
+        return torch.softmax(_log_similarities(kernel, with_one_more), dim=1)[:, :-1]
 
     return weigh
 
@@ -57,9 +57,16 @@ def unnormalized(kernel: Kernel) -> Weighting:
     """Return kern(h_k, q) / kern(q, q): every near neighbour pulls up to 1, and many near ones pull more than one."""
 
     def weigh(squared_distances_BK: Tensor) -> Tensor:
-        return (kernel(squared_distances_BK) - kernel(torch.zeros_like(squared_distances_BK))).exp()
+        at_zero = kernel(torch.zeros_like(squared_distances_BK))
+        return (_log_similarities(kernel, squared_distances_BK) - at_zero).exp()
 
     return weigh
+
+
+def _log_similarities(kernel: Kernel, squared_distances: Tensor) -> Tensor:
+    """Return the kernel's log-similarities; empty places stay out of its arithmetic, where inf would make gradients NaN."""
+    empty = squared_distances.isinf()
+    return kernel(squared_distances.masked_fill(empty, 0.0)).masked_fill(empty, -math.inf)
 
 
 def stretched_distances(keys_BKd: Tensor, queries_Bd: Tensor, metric_d: Tensor) -> Tensor:

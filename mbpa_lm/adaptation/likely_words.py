@@ -16,6 +16,8 @@ STRIDE = 16
 
 def likely_words(log_probabilities_CV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the likeliest words (C, c) int32, in any order, and their probabilities (C, c)."""
+    if count > log_probabilities_CV.shape[1]:
+        raise ValueError(f"{count} likely words of a vocabulary of {log_probabilities_CV.shape[1]}")
     if log_probabilities_CV.device.type != "cpu" or log_probabilities_CV.dtype not in (torch.float32, torch.float64):
         likely = log_probabilities_CV.topk(count, sorted=False)
         return likely.indices.int(), likely.values.exp()

@@ -34,6 +34,15 @@ class BaseSoftmax:
     log_partitions_B: Tensor | None = None  # at each query; only needed beside `trained`
     trained: TrainedSoftmax | None = None  # None where the problem's layer is the trained one
 
+    def accumulating(self) -> "BaseSoftmax":
+        """Return all numbers in at least float32."""
+        return replace(
+            self,
+            log_probabilities_BV=at_least_single(self.log_probabilities_BV),
+            log_partitions_BK=at_least_single(self.log_partitions_BK),
+            likely_probabilities_BKc=at_least_single(self.likely_probabilities_BKc),
+        )
+
     def rows(self, rows: slice | Tensor) -> "BaseSoftmax":
         """Return what belongs to some of the queries."""
         trained = self.trained and replace(
@@ -80,6 +89,7 @@ class Problem:
             keys_BKd=at_least_single(self.keys_BKd),
             weights_BK=at_least_single(self.weights_BK),
             queries_Bd=at_least_single(self.queries_Bd),
+            base=self.base and self.base.accumulating(),
         )
 
     def split(self, queries: int) -> list["Problem"]:

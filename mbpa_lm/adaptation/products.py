@@ -13,10 +13,11 @@ from mbpa_lm.compiled import compiled_loop
 
 
 def products_with_rows(keys_BKd: Tensor, table_Vd: Tensor, rows_BS: Tensor) -> Tensor:
-    """Return keys[b] @ table[rows[b]].T as (B, K, S), in the keys' dtype."""
-    if table_Vd.device.type != "cpu" or table_Vd.dtype != keys_BKd.dtype:
+    """Return keys[b] @ table[rows[b]].T as (B, K, S), in the keys' dtype or float32 if that is shorter."""
+    compiled = table_Vd.device.type == "cpu" and table_Vd.dtype in (torch.float32, torch.float64)
+    if not compiled or table_Vd.dtype != keys_BKd.dtype:
         chosen_BSd = at_least_single(table_Vd.index_select(0, rows_BS.flatten())).view(*rows_BS.shape, -1)
-        return keys_BKd @ chosen_BSd.mT
+        return at_least_single(keys_BKd) @ chosen_BSd.mT
     products_BKS = keys_BKd.new_empty(*keys_BKd.shape[:2], rows_BS.shape[1])
     tensors = (keys_BKd.contiguous(), table_Vd.detach().contiguous(), rows_BS.contiguous(), products_BKS)
     _multiply(*(tensor.numpy() for tensor in tensors))

@@ -14,10 +14,11 @@ the query is summed as it is, so the result is a distribution whatever was left 
 from 1: below the rounding of that difference such a mass counts as 0 at a key, and at the query it is summed word by word.
 
 What is left out is bounded. A word that neighbour k does not list is there at most as likely as the least likely that it
-lists, l_k, so no word's shift misses more than sum_k w_k |g[k]| r_k l_k; what the first order misses of a listed word is about
-the square of its shift. A query whose bound, the sum of the two, is above the tolerance is solved again with four times the
-words. Where the steps start from slowly adapted weights the bound says less: what those changed at the keys is known for the
-moved words only, and guessed for the others.
+lists, l_k, so no word's shift misses more than sum_k w_k |g[k]| r_k l_k. What the first order misses of a listed word is its
+shift at a key times its pull at the query, twice at most max |G| max |g| (sum_k w_k r_k p_k(u))^2. Steps so long that they
+overshoot, alpha times the curvature above 2, multiply both. A query whose bound is above the tolerance is solved again with
+four times the words. Where the steps start from slowly adapted weights the bound says less: what those changed at the keys is
+known for the moved words only, and guessed for the others.
 
 Dimensions: `B` queries, `K` neighbours, `c` likely words a neighbour, `n` different words, `S` = K + M moved words, `d`.
 """
@@ -128,19 +129,34 @@ def _solve_some(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None
         frozen_BK = torch.where(rest_BK > 0, steps.probabilities_BKS[..., -1] / rest_BK, 0)
     frozen_pull_BK = pull_BK * frozen_BK
     listed_Bn = words.sum_by_word(-frozen_pull_BK, base.likely_probabilities_BKc)
-    bounds_B = _bounds(base, frozen_pull_BK, listed_Bn.scatter(1, places_BS, 0), len(problem.weight_Vd))
+    frozen_weights_BK = problem.weights_BK * frozen_BK
+    unsigned_Bn = words.sum_by_word(frozen_weights_BK, base.likely_probabilities_BKc).scatter_(1, places_BS, 0)
+    bounds_B = _bounds(problem, base, towards_BK, gram_BKK, frozen_weights_BK, unsigned_Bn.amax(1), sizes)
     shift_BS = shift_at(towards_BK, problem.weights_BK, own_BK, steps, places_BS.shape[1])
     shift_Bn = listed_Bn.scatter_(1, places_BS, shift_BS)
     return _shifted(base.log_probabilities_BV, words, shift_Bn, targets_B), bounds_B
 
 
-def _bounds(base: BaseSoftmax, frozen_pull_BK: Tensor, listed_Bn: Tensor, vocabulary: int) -> Tensor:
-    """Return the bound of each query's error (B,) from the frozen words' pull and the listed words' shifts."""
-    second_order_B = listed_Bn.abs().amax(1).square()
-    if base.likely_words_BKc.shape[2] >= vocabulary:
-        return second_order_B
-    least_BK = 1.0 if base.likely_words_BKc.shape[2] == 0 else base.likely_probabilities_BKc.amin(-1)
-    return second_order_B + (frozen_pull_BK.abs() * least_BK).sum(1)
+def _bounds(
+    problem: Problem,
+    base: BaseSoftmax,
+    towards_BK: Tensor,
+    gram_BKK: Tensor,
+    frozen_weights_BK: Tensor,
+    most_listed_B: Tensor,
+    step_sizes: list[float],
+) -> Tensor:
+    """Return the bound of each query's error (B,); most_listed is the largest sum_k w_k r_k p_k(u) of a listed word."""
+    gram_BKK, towards_BK = gram_BKK.abs(), towards_BK.abs()
+    # Twice, once for the word and once for the sum that it is divided by: these errors may have either sign.
+    bounds_B = 2 * gram_BKK.amax((1, 2)) * towards_BK.amax(1) * most_listed_B.square()
+    if base.likely_words_BKc.shape[2] < len(problem.weight_Vd):
+        least_BK = 1.0 if base.likely_words_BKc.shape[2] == 0 else base.likely_probabilities_BKc.amin(-1)
+        bounds_B = bounds_B + (frozen_weights_BK * towards_BK * least_BK).sum(1)
+    # The softmax's curvature is at most 1/2: beyond a step of 2 / curvature, each step multiplies what was missed.
+    curvature_B = (gram_BKK * problem.weights_BK[:, None]).sum(2).amax(1) / 2
+    growth_B = (max(step_sizes, default=0.0) * curvature_B - 1).clamp(min=1)
+    return bounds_B * growth_B ** max(len(step_sizes) - 1, 0)
 
 
 def _shifted(log_probabilities_BV: Tensor, words: MergedWords, shift_Bn: Tensor, targets_B: Tensor | None) -> Tensor:

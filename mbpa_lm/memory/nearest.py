@@ -3,7 +3,8 @@
 One matrix product gives half squared distances up to rounding and up to a constant a query; the K nearest by them, and some
 to spare, are measured again directly, and the nearest of those chosen. Where more keys than the spare ones lie at one distance
 up to rounding, copies of one context for example, that query is measured against every key that it sees. So the result depends
-neither on the rounding of the product nor on which queries were asked together. Equally near keys come newest first.
+neither on the rounding of the product nor on which queries were asked together. Equally near keys come newest first, and keys
+that differ from the query by no more than rounding are at distance 0.
 
 Dimensions: `C` queries, `K` neighbours, `N` keys, `d` hidden size.
 """
@@ -44,7 +45,8 @@ def nearest_compiled(
     distances_CK = torch.empty(len(queries_Cd), count, dtype=keys_Nd.dtype)
     inputs = (keys_Nd, squared_norms_N, queries_Cd.contiguous(), begins_C, ends_C, products_CN)
     arrays = [tensor.numpy() for tensor in inputs]
-    search(*arrays, count + SPARE_CANDIDATES, ROUNDING[keys_Nd.dtype], rows_CK.numpy(), distances_CK.numpy())
+    roundings = (ROUNDING[keys_Nd.dtype], _copy_rounding(keys_Nd.dtype))
+    search(*arrays, count + SPARE_CANDIDATES, *roundings, rows_CK.numpy(), distances_CK.numpy())
     return rows_CK, distances_CK
 
 
@@ -71,12 +73,22 @@ def nearest_plain(
     return rows_CK, distances_CK
 
 
+def _copy_rounding(dtype: torch.dtype) -> float:
+    """Return the squared distance, as a share of the squared norm, below which two states are one context, computed twice.
+
+    A model's states differ in the last digits with the length of the chunk that it reads.
+    """
+    return (100 if dtype in (torch.float32, torch.float64) else 1) * torch.finfo(dtype).eps ** 2
+
+
 def _choose(keys_Nd: Tensor, queries_Cd: Tensor, rows_Cn: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Choose the nearest of the candidate rows (C, n), -1 for none, by distances computed directly."""
     if rows_Cn.shape[1] < count:
         rows_Cn = torch.nn.functional.pad(rows_Cn, (0, count - rows_Cn.shape[1]), value=-1)
     rows_Cn = rows_Cn.sort(dim=1, descending=True).values  # newer first, and kept so among equal distances
     differences_Cnd = keys_Nd[rows_Cn.clamp(min=0)] - queries_Cd[:, None]
-    distances_Cn = differences_Cnd.square_().sum(-1).masked_fill_(rows_Cn < 0, math.inf)
+    distances_Cn = differences_Cnd.square_().sum(-1)
+    copies_Cn = distances_Cn <= _copy_rounding(keys_Nd.dtype) * queries_Cd.square().sum(1, keepdim=True)
+    distances_Cn = distances_Cn.masked_fill_(copies_Cn, 0).masked_fill_(rows_Cn < 0, math.inf)
     distances_Cn, order = distances_Cn.sort(dim=1, stable=True)
     return rows_Cn.gather(1, order)[:, :count], distances_Cn[:, :count]

@@ -19,6 +19,7 @@ def search(
     products: np.ndarray,
     wanted: int,
     rounding: float,
+    copy_rounding: float,
     rows: np.ndarray,
     distances: np.ndarray,
 ) -> None:
@@ -29,16 +30,16 @@ def search(
     for query in prange(len(queries)):
         found = np.empty(wanted, np.int64)
         near = np.empty(wanted, products.dtype)
+        own_norm = (queries[query] ** 2).sum()
+        copy = copy_rounding * own_norm
         kept = _scan(half_norms, products[query], begins[query], ends[query], found, near)
         farthest = near[:kept].max() if kept == wanted else near.dtype.type(np.inf)
         for place in range(kept):
-            near[place] = _distance(keys[found[place]], queries[query])
+            near[place] = _distance(keys[found[place]], queries[query], copy)
         _sort(near, found, kept)
-        if kept == wanted:
-            own_norm = (queries[query] ** 2).sum()
-            if own_norm + 2 * farthest <= near[count - 1] + rounding * (own_norm + largest_norm):
-                kept = _scan_directly(keys, queries[query], begins[query], ends[query], found, near)
-                _sort(near, found, kept)
+        if kept == wanted and own_norm + 2 * farthest <= near[count - 1] + rounding * (own_norm + largest_norm):
+            kept = _scan_directly(keys, queries[query], begins[query], ends[query], copy, found, near)
+            _sort(near, found, kept)
         for place in range(count):
             rows[query, place] = found[place] if place < kept else -1
             distances[query, place] = near[place] if place < kept else np.inf
@@ -70,11 +71,13 @@ def _scan(half_norms: np.ndarray, products: np.ndarray, begin: int, end: int, fo
 
 
 @compiled_part
-def _scan_directly(keys: np.ndarray, query: np.ndarray, begin: int, end: int, found: np.ndarray, near: np.ndarray) -> int:
+def _scan_directly(
+    keys: np.ndarray, query: np.ndarray, begin: int, end: int, copy: float, found: np.ndarray, near: np.ndarray
+) -> int:
     """Keep the nearest rows in [begin, end) by distances computed directly, the newer first among equals."""
     kept = 0
     for row in range(end - 1, begin - 1, -1):
-        distance = _distance(keys[row], query)
+        distance = _distance(keys[row], query, copy)
         if kept < len(found):
             place = kept
             kept += 1
@@ -90,12 +93,12 @@ def _scan_directly(keys: np.ndarray, query: np.ndarray, begin: int, end: int, fo
 
 
 @compiled_part
-def _distance(key: np.ndarray, query: np.ndarray) -> float:
+def _distance(key: np.ndarray, query: np.ndarray, copy: float) -> float:
     total = key.dtype.type(0)
     for index in range(len(key)):
         difference = key[index] - query[index]
         total += difference * difference
-    return float(total)
+    return float(total) if total > copy else 0.0
 
 
 @compiled_part

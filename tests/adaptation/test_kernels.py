@@ -129,10 +129,7 @@ def test_gradients_flow_to_the_reach(kernel: str) -> None:
     "kernel",
     [
         "inverse distance",
-        pytest.param(
-            "gaussian",
-            marks=pytest.mark.xfail(strict=True, reason="an empty place makes the gradient of the bandwidth NaN: 0 times inf"),
-        ),
+        pytest.param("gaussian"),
     ],
 )
 def test_an_empty_place_changes_no_gradient(kernel: str, weighting: str) -> None:
