@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from mbpa_lm.adaptation.likely_words import likely_words
+from mbpa_lm.adaptation.slow_weights import GradientScale, SlowRule, SlowWeights
 from mbpa_lm.config import AdaptationConfig
 from mbpa_lm.errors import AdaptationError
-from mbpa_lm.experts.base import Chunk, Expert
+from mbpa_lm.experts.base import Chunk, Expert, SlowSoftmax
 from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.mbpa import MbpaExpert, make_weighting
+from mbpa_lm.experts.persistent import PersistentExpert
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.base import OutputLayer
@@ -38,7 +40,21 @@ EXPERTS: dict[str, Callable[[OutputLayer], Expert]] = {
     "mbpa unnormalized": mbpa(steps=3, alpha=0.1, weighting="unnormalized", epsilon=1.0),
     "mbpa on informative neighbours": mbpa(steps=3, alpha=0.1, selection="informative", candidates=12),
     "mbpa widened": mbpa(steps=3, alpha=0.1, tolerance=1e-6),
+    "persistent": lambda layer: PersistentExpert(),
+    "mbpa from slow weights": lambda layer: MbpaExpert(
+        layer, AdaptationConfig(steps=3, alpha=0.1, moved_words=5), NEIGHBOURS, from_slow_weights=True
+    ),
+    "mbpa on all words from slow weights": lambda layer: MbpaExpert(
+        layer, AdaptationConfig(solver="dual", steps=3, alpha=0.1), NEIGHBOURS, from_slow_weights=True
+    ),
 }
+INTERVAL = 7
+
+
+def make_slow_weights(layer: OutputLayer) -> SlowWeights:
+    assert layer.bias is not None
+    scale = GradientScale(torch.ones_like(layer.weight), torch.ones_like(layer.bias))
+    return SlowWeights(layer.weight, layer.bias, SlowRule(INTERVAL, rate=0.2, decay=0.01, smoothing=1.0), scale)
 
 
 def random_stream(seed: int = 0) -> np.ndarray:
@@ -49,7 +65,8 @@ def losses(kind: str, expert: str, tokens: np.ndarray, chunk_length: int) -> np.
     model = small_model(kind)
     memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
     experts = [EXPERTS[expert](model.output_layer())]
-    scores = score_stream(model, tokens, experts, memory, chunk_length)
+    slow_weights = make_slow_weights(model.output_layer()) if experts[0].needs_slow_weights else None
+    scores = score_stream(model, tokens, experts, memory, chunk_length, slow_weights)
     (values,) = scores.losses.values()
     return values
 
@@ -79,7 +96,16 @@ def test_chunks_of_any_length_give_the_same_losses(kind: str, expert: str) -> No
 @pytest.mark.parametrize("expert", [name for name in EXPERTS if name != "base"])
 def test_the_memory_changes_predictions(expert: str) -> None:
     tokens = random_stream()
-    assert np.abs(losses("lstm", expert, tokens, 25) - losses("lstm", "base", tokens, 25))[1:].min() > 0
+    first = INTERVAL if expert == "persistent" else 1
+    assert np.abs(losses("lstm", expert, tokens, 25) - losses("lstm", "base", tokens, 25))[first:].min() > 0
+
+
+def test_from_slow_weights_the_restricted_solver_is_near_the_dual_and_all_words_make_it_exact() -> None:
+    tokens = random_stream()
+    layer_losses = [losses("lstm", f"mbpa{name} from slow weights", tokens, 25) for name in ("", " on all words")]
+    np.testing.assert_allclose(*layer_losses, atol=1e-6)  # of 30 words, all are moved
+    plain = losses("lstm", "mbpa on all words", tokens, 25)
+    assert np.abs(layer_losses[1] - plain)[2 * INTERVAL :].min() > 0
 
 
 def test_text_that_repeats_is_predicted_better_with_a_memory() -> None:
@@ -88,7 +114,9 @@ def test_text_that_repeats_is_predicted_better_with_a_memory() -> None:
     assert adapted[60:].mean() < base[60:].mean() - 0.2
 
 
-def make_chunk(model: torch.nn.Module, tokens: np.ndarray, neighbours: int = NEIGHBOURS) -> Chunk:
+def make_chunk(
+    model: torch.nn.Module, tokens: np.ndarray, neighbours: int = NEIGHBOURS, from_slow_weights: bool = False
+) -> Chunk:
     with torch.no_grad():
         hidden_states = model(torch.from_numpy(tokens.astype(np.int64))[None]).hidden_states[0]
         logits = model.output_layer().logits(hidden_states)
@@ -96,7 +124,13 @@ def make_chunk(model: torch.nn.Module, tokens: np.ndarray, neighbours: int = NEI
     targets = torch.from_numpy(np.roll(tokens, -1).astype(np.int64))
     log_partitions, log_probabilities = logits.logsumexp(-1), logits.log_softmax(-1)
     entries = Entries(hidden_states, targets, log_partitions, *likely_words(log_probabilities, LIKELY))
-    return Chunk(hidden_states, log_probabilities, log_partitions, memory.read_and_write(entries, neighbours))
+    slow_weights = make_slow_weights(model.output_layer())
+    for begin in range(0, 5 * INTERVAL, INTERVAL):
+        piece = slice(begin, begin + INTERVAL)
+        slow_weights.learn(hidden_states[piece], slow_weights.log_probabilities(hidden_states[piece])[0], targets[piece])
+    slow = SlowSoftmax(slow_weights.weight_Vd, slow_weights.bias_V, *slow_weights.log_probabilities(hidden_states))
+    found = memory.read_and_write(entries, neighbours)
+    return Chunk(hidden_states, log_probabilities, log_partitions, found, slow if from_slow_weights else None)
 
 
 @pytest.mark.parametrize("expert", EXPERTS)
@@ -104,7 +138,7 @@ def make_chunk(model: torch.nn.Module, tokens: np.ndarray, neighbours: int = NEI
 def test_distributions_sum_to_one(kind: str, expert: str) -> None:
     model = small_model(kind)
     made = EXPERTS[expert](model.output_layer())
-    chunk = make_chunk(model, random_stream(), max(1, made.neighbours))
+    chunk = make_chunk(model, random_stream(), max(1, made.neighbours), made.needs_slow_weights)
     log_probabilities = made.log_probabilities(chunk)
     assert log_probabilities.shape == (LENGTH, 30)
     torch.testing.assert_close(log_probabilities.exp().sum(-1), torch.ones(LENGTH, dtype=torch.float64))

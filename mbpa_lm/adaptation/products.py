@@ -12,26 +12,29 @@ from mbpa_lm.adaptation.problem import at_least_single
 from mbpa_lm.compiled import compiled_loop
 
 
-def products_with_rows(keys_BKd: Tensor, table_Vd: Tensor, rows_BS: Tensor) -> Tensor:
-    """Return keys[b] @ table[rows[b]].T as (B, K, S), in the keys' dtype or float32 if that is shorter."""
+def products_with_rows(keys_BKd: Tensor, table_Vd: Tensor, rows_BS: Tensor, symmetric: bool = False) -> Tensor:
+    """Return keys[b] @ table[rows[b]].T as (B, K, S), in the keys' dtype or float32 if that is shorter.
+
+    With `symmetric` the caller says that the rows are the keys themselves, which halves the work.
+    """
     compiled = table_Vd.device.type == "cpu" and table_Vd.dtype in (torch.float32, torch.float64)
     if not compiled or table_Vd.dtype != keys_BKd.dtype:
         chosen_BSd = at_least_single(table_Vd.index_select(0, rows_BS.flatten())).view(*rows_BS.shape, -1)
         return at_least_single(keys_BKd) @ chosen_BSd.mT
     products_BKS = keys_BKd.new_empty(*keys_BKd.shape[:2], rows_BS.shape[1])
     tensors = (keys_BKd.contiguous(), table_Vd.detach().contiguous(), rows_BS.contiguous(), products_BKS)
-    _multiply(*(tensor.numpy() for tensor in tensors))
+    _multiply(*(tensor.numpy() for tensor in tensors), symmetric)
     return products_BKS
 
 
 def gram(keys_BKd: Tensor) -> Tensor:
     """Return keys[b] @ keys[b].T as (B, K, K)."""
     B, K = keys_BKd.shape[:2]
-    return products_with_rows(keys_BKd, keys_BKd.flatten(0, 1), torch.arange(B * K, device=keys_BKd.device).view(B, K))
+    return products_with_rows(keys_BKd, keys_BKd.flatten(0, 1), torch.arange(B * K, device=keys_BKd.device).view(B, K), True)
 
 
 @compiled_loop
-def _multiply(keys: np.ndarray, table: np.ndarray, rows: np.ndarray, products: np.ndarray) -> None:
+def _multiply(keys: np.ndarray, table: np.ndarray, rows: np.ndarray, products: np.ndarray, symmetric: bool) -> None:
     """Fill in the products, four keys by three rows at a time: twelve sums that stay in registers.
 
     Where fewer are left, the last one is taken again, and written again.
@@ -42,7 +45,7 @@ def _multiply(keys: np.ndarray, table: np.ndarray, rows: np.ndarray, products: n
         for s in range(0, chosen, 3):
             s1, s2 = min(s + 1, chosen - 1), min(s + 2, chosen - 1)
             r0, r1, r2 = rows[query, s], rows[query, s1], rows[query, s2]
-            for k in range(0, neighbours, 4):
+            for k in range(0, s2 + 1 if symmetric else neighbours, 4):
                 k1, k2, k3 = min(k + 1, neighbours - 1), min(k + 2, neighbours - 1), min(k + 3, neighbours - 1)
                 a00 = a01 = a02 = a10 = a11 = a12 = a20 = a21 = a22 = a30 = a31 = a32 = keys.dtype.type(0)
                 for i in range(size):
@@ -56,3 +59,7 @@ def _multiply(keys: np.ndarray, table: np.ndarray, rows: np.ndarray, products: n
                 products[query, k1, s], products[query, k1, s1], products[query, k1, s2] = a10, a11, a12
                 products[query, k2, s], products[query, k2, s1], products[query, k2, s2] = a20, a21, a22
                 products[query, k3, s], products[query, k3, s1], products[query, k3, s2] = a30, a31, a32
+        if symmetric:
+            for k in range(neighbours):
+                for s in range(k):
+                    products[query, k, s] = products[query, s, k]
