@@ -1,5 +1,6 @@
 """The command line as an interface: help that explains, and mistakes answered in one line before any work."""
 
+import json
 import re
 import subprocess
 import sys
@@ -189,3 +190,13 @@ def test_printed_configuration_is_the_configuration(tmp_path: Path, capsys: pyte
         commands.train(["--model.hidden_size", "123", "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["hidden_size"] == 123
+
+
+def test_experts_are_named_between_commas_and_a_misspelt_one_is_named(
+    options: Callable[..., list[str]], trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = ["--checkpoint", str(trained_run), "--evaluation.max_tokens", "50", "--experts"]
+    assert commands.evaluate(options(tmp_path, *some, "persistent, base")) == 0
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["experts"]) == ["base", "persistent"]
+    assert commands.evaluate(options(tmp_path, *some, "base,mpba")) == 2
+    assert capsys.readouterr().err == "error: evaluation.experts names 'mpba'; did you mean mbpa?\n"

@@ -52,8 +52,7 @@ INTERVAL = 7
 
 
 def make_slow_weights(layer: OutputLayer) -> SlowWeights:
-    assert layer.bias is not None
-    scale = GradientScale(torch.ones_like(layer.weight), torch.ones_like(layer.bias))
+    scale = GradientScale(torch.ones_like(layer.weight), None if layer.bias is None else torch.ones_like(layer.bias))
     return SlowWeights(layer.weight, layer.bias, SlowRule(INTERVAL, rate=0.2, decay=0.01, smoothing=1.0), scale)
 
 

@@ -16,6 +16,10 @@ CHANGED_WORDS = 64
 """Words moved because slow adaptation has changed them most; their change at a key cannot be known from the trained layer."""
 
 
+LOGITS = 20
+"""How far below the log-partition logits lie that still matter to a probability; their rounding is in proportion."""
+
+
 @dataclass(frozen=True)
 class MovedWords:
     """The moved words of each query among all that its neighbours list."""
@@ -62,14 +66,17 @@ def _base_logits(problem: Problem, base: BaseSoftmax, moved_BS: Tensor, filled_B
     trained = base.trained
     layer = (problem.weight_Vd, problem.bias_V) if trained is None else (trained.weight_Vd, trained.bias_V)
     trained_BKS = _log_probabilities(problem, base, layer, moved_BS)
-    largest_BK = base.log_partitions_BK.abs() - trained_BKS.amin(-1)
-    trained_BKS.masked_fill_(~filled_BS[:, None], -torch.inf)
+    full = bool(filled_BS.all())
+    if not full:
+        trained_BKS.masked_fill_(~filled_BS[:, None], -torch.inf)
     rest_BK = 1 - trained_BKS.exp().sum(-1)
-    rest_BK = torch.where(rest_BK > 8 * torch.finfo(rest_BK.dtype).eps * (1 + largest_BK), rest_BK, 0)
+    noise_BK = 8 * torch.finfo(rest_BK.dtype).eps * (LOGITS + base.log_partitions_BK.abs())
+    rest_BK = torch.where(rest_BK > noise_BK, rest_BK, 0)
     if trained is None:
         return torch.cat([trained_BKS, rest_BK.log()[..., None]], dim=-1), rest_BK
     slow_BKS = _log_probabilities(problem, base, (problem.weight_Vd, problem.bias_V), moved_BS)
-    slow_BKS.masked_fill_(~filled_BS[:, None], -torch.inf)
+    if not full:
+        slow_BKS.masked_fill_(~filled_BS[:, None], -torch.inf)
     log_rest_BK = rest_BK.log() + _growth_of_the_rest(base, trained, moved_BS, filled_BS)[:, None]
     return torch.cat([slow_BKS, log_rest_BK[..., None]], dim=-1), rest_BK
 

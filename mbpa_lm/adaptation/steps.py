@@ -46,8 +46,8 @@ def take_steps(
 ) -> SpanSteps:
     """Take one step for each step size. Differentiable in everything but the values.
 
-    Args: values (B, K) are the neighbours' own words as places in S, S itself for a neighbour that is not there; with
-    `frozen_last` the last of the S columns stands for words whose logits stay.
+    Args: values (B, K) are the neighbours' own words as places in S; with `frozen_last` the last of the S columns stands
+    for words whose logits stay.
     """
     pull_BKK = gram_BKK * weights_BK[:, None]
     own_BKS = _own_words(pull_BKK, values_BK, logits_BKS)
@@ -79,14 +79,12 @@ def shift_at(towards_BK: Tensor, weights_BK: Tensor, values_BK: Tensor, steps: S
     if steps.probabilities_BKS is None:
         return pull_BK.new_zeros(len(pull_BK), words)
     shift_BS = -(pull_BK[:, None] @ steps.probabilities_BKS)[:, 0, :words]
-    padded = torch.nn.functional.pad(shift_BS, (0, 1))  # one more place, for neighbours that are not there
-    return padded.scatter_add(1, values_BK, pull_BK * steps.own)[:, :words]
+    return shift_BS.scatter_add(1, values_BK, pull_BK * steps.own)
 
 
 def _own_words(pull_BKK: Tensor, values_BK: Tensor, logits_BKS: Tensor) -> Tensor:
     """Return sum_k pull[j,k] onehot(v_k) as (B, K, S)."""
-    own = torch.zeros(*logits_BKS.shape[:2], logits_BKS.shape[2] + 1, dtype=logits_BKS.dtype, device=logits_BKS.device)
-    return own.scatter_add(2, values_BK[:, None].expand_as(pull_BKK), pull_BKK)[..., :-1]
+    return torch.zeros_like(logits_BKS).scatter_add(2, values_BK[:, None].expand_as(pull_BKK), pull_BKK)
 
 
 def _kept(total: Tensor, alpha: Number, beta: Number) -> Tensor:
