@@ -3,7 +3,7 @@
     python benchmarks/adaptation.py --output runs/adaptation.json             # V 10k, 33k, 267k; d 400, 1024; K 8, 32, 128
     python benchmarks/adaptation.py --quick --output runs/adaptation.json     # V 10k, 33k, 267k; d 400; K 32
 
-Random layers and hidden states; neighbours are noisy copies of the query, their words drawn from the base model at the key.
+Random layers and hidden states; neighbours are noisy copies of the query, their words drawn from the likeliest at the key.
 "base" is the log-softmax of the layer, as in any evaluation. "reference" is this project's definition; "peer" is the way of
 research code: `copy.deepcopy` of an `nn.Linear` and RMSProp on it, for every query. All in float32, microseconds a query, the
 best of several runs over the same queries, on CUDA where there is one. The floor is the larger of operations at this machine's
@@ -53,15 +53,15 @@ def make_problem(V: int, d: int, K: int) -> Problem:
     bias = torch.randn(V, generator=generator).to(DEVICE)
     queries = torch.randn(QUERIES, d, generator=generator)
     keys = (queries[:, None] + 0.5 * torch.randn(QUERIES, K, d, generator=generator)).to(DEVICE)
-    values = torch.empty(QUERIES, K, dtype=torch.int64, device=DEVICE)
-    for row in range(QUERIES):
-        values[row] = torch.multinomial(torch.softmax(keys[row] @ weight.T + bias, dim=-1), 1)[:, 0]
-    problem = Problem(weight, bias, keys, values, torch.full((QUERIES, K), 1 / K, device=DEVICE), queries.to(DEVICE))
+    weights, no_values = torch.full((QUERIES, K), 1 / K, device=DEVICE), torch.zeros(QUERIES, K, dtype=torch.int64)
+    problem = Problem(weight, bias, keys, no_values, weights, queries.to(DEVICE))
     bases = [part.with_base(LIKELY).base for part in problem.split(4)]
     names = ("log_probabilities_BV", "log_partitions_BK", "likely_words_BKc", "likely_probabilities_BKc")
     stacked = [torch.cat([getattr(base, name) for base in bases]) for name in names]
+    columns = torch.multinomial(stacked[3].flatten(0, 1), 1)
+    values = stacked[2].flatten(0, 1).gather(1, columns).view(QUERIES, K)
     stacked[2] = stacked[2].int()
-    return Problem(weight, bias, keys, values, problem.weights_BK, problem.queries_Bd, BaseSoftmax(*stacked))
+    return Problem(weight, bias, keys, values, weights, problem.queries_Bd, BaseSoftmax(*stacked))
 
 
 def adapt_copies(problem: Problem, rule: AdaptationRule, targets: torch.Tensor) -> list[float]:
@@ -134,6 +134,7 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     widths, neighbours = ((400,), (32,)) if arguments.quick else ((400, 1024), (8, 32, 128))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     rates = measure_rates()
     table = Table(title="microseconds a query (and bytes)")
     for name in ("V", "d", "K", "T", *COLUMNS):
@@ -144,12 +145,11 @@ def main() -> None:
         for T in (1, 10):
             row = measure(V, d, K, T, rates, problem)
             rows.append(row)
+            result = {"machine": describe_machine(DEVICE), "rates": rates, "queries": QUERIES, "rows": rows}
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")  # after each row: the last ones take long
             cells = [f"{row[name]:,.0f}" if name in row else "" for name in COLUMNS]
             table.add_row(f"{V:,}", str(d), str(K), str(T), *cells)
     Console(width=150).print(table)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": describe_machine(DEVICE), "rates": rates, "queries": QUERIES, "rows": rows}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
