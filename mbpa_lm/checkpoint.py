@@ -108,7 +108,7 @@ def save_checkpoint(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         pointers = {"best": target.name if is_best else pointers.get("best", target.name), "last": target.name}
-        _replace_json(run_folder / POINTER, pointers)
+        replace_json(run_folder / POINTER, pointers)
     for folder in target.parent.iterdir():
         if folder.name not in pointers.values():
             shutil.rmtree(folder, ignore_errors=True)
@@ -242,11 +242,15 @@ def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _replace_json(path: Path, values: Any) -> None:
+def replace_json(path: Path, values: Any) -> None:
+    """Write a JSON file whole or not at all; raises OSError where it cannot."""
     temporary = path.with_name(f".{path.name}.saving")
-    _write_json(temporary, values)
-    _sync(temporary)
-    os.replace(temporary, path)
+    try:
+        _write_json(temporary, values)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync(path.parent)
 
 

@@ -9,9 +9,16 @@ from typing import Any
 
 import numba
 import torch
+from torch import Tensor
 
+TAKEN = (torch.float32, torch.float64, torch.int32, torch.int64)
 FASTMATH = {"reassoc", "contract", "nsz"}
 """Sums may be taken in any order; infinities and NaN stay what they are."""
+
+
+def can_take(*tensors: Tensor) -> bool:
+    """Say whether compiled loops can work on the tensors: on the CPU, of full precision, of a kind that NumPy has."""
+    return all(tensor.device.type == "cpu" and tensor.dtype in TAKEN for tensor in tensors)
 
 
 def compiled_loop(function: Callable[..., None]) -> Callable[..., None]:

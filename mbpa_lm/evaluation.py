@@ -79,11 +79,7 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
 
 
 def _tune(config: Config, checkpoint: Checkpoint) -> None:
-    corpus = open_corpus(config.data)
-    _require_trained_on(corpus, checkpoint)
-    with token_progress(f"tokenizing {corpus.name} valid") as progress:
-        stream = open_stream(corpus, "valid", checkpoint.tokenizer, Path(config.data.token_folder), progress)
-    fitted = tune(config, checkpoint.model, stream)
+    fitted = tune(config, checkpoint.model, _tokenize(config, checkpoint, _own_corpus(config, checkpoint), "valid"))
     path = save_fitted(checkpoint.folder, fitted)
     print_fitted(fitted)
     console.print(f"written to {path}")
@@ -93,8 +89,7 @@ def _slow_weights(config: Config, checkpoint: Checkpoint) -> SlowWeights:
     persistent = config.persistent
 
     def training_tokens() -> np.ndarray:
-        corpus = open_corpus(config.data)
-        _require_trained_on(corpus, checkpoint)
+        corpus = _own_corpus(config, checkpoint)  # without a second progress bar inside the one below
         return open_stream(corpus, "train", checkpoint.tokenizer, Path(config.data.token_folder)).tokens
 
     with token_progress("measuring gradients on the training text") as progress:
@@ -109,19 +104,25 @@ def _open_stream(config: Config, checkpoint: Checkpoint) -> TokenStream:
     if evaluation.text:
         corpus: Corpus = WholeText(Path(evaluation.text), config.data.document_pattern)
     else:
-        corpus = open_corpus(config.data)
-        _require_trained_on(corpus, checkpoint)
-    with token_progress(f"tokenizing {corpus.name} {evaluation.split}") as progress:
-        stream = open_stream(corpus, evaluation.split, checkpoint.tokenizer, Path(config.data.token_folder), progress)
+        corpus = _own_corpus(config, checkpoint)
+    stream = _tokenize(config, checkpoint, corpus, evaluation.split)
     return stream.first(evaluation.max_tokens + 1) if evaluation.max_tokens else stream
 
 
-def _require_trained_on(corpus: Corpus, checkpoint: Checkpoint) -> None:
+def _own_corpus(config: Config, checkpoint: Checkpoint) -> Corpus:
+    """Open the text that the model was trained on."""
+    corpus = open_corpus(config.data)
     if corpus.fingerprint("train") != checkpoint.corpus["train"]:
         raise CheckpointError(
             f"checkpoint {checkpoint.folder} was trained on another text ({checkpoint.corpus['name']}) than {corpus.name} "
             f"is now; use the data it was trained with, train again, or score any text with --evaluation.text"
         )
+    return corpus
+
+
+def _tokenize(config: Config, checkpoint: Checkpoint, corpus: Corpus, split: str) -> TokenStream:
+    with token_progress(f"tokenizing {corpus.name} {split}") as progress:
+        return open_stream(corpus, split, checkpoint.tokenizer, Path(config.data.token_folder), progress)
 
 
 def _show(progress: ProgressBar) -> Callable[[int, StreamScores], None]:

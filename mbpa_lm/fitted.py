@@ -1,7 +1,6 @@
 """What `evaluate.py --tune` fitted, kept with the checkpoint as adaptation.json, and how it enters the configuration."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mbpa_lm.config import AdaptationConfig, Config
+from mbpa_lm.checkpoint import replace_json
+from mbpa_lm.config import Config
 from mbpa_lm.errors import CheckpointError, MbpaError, RunFolderError, reason
 
 FILE = "adaptation.json"
@@ -61,12 +61,9 @@ class FittedAdaptation:
 def save_fitted(folder: Path, fitted: FittedAdaptation) -> Path:
     """Write adaptation.json into a checkpoint's folder, whole or not at all. Raises RunFolderError where it cannot."""
     path = folder / FILE
-    temporary = path.with_name(f".{FILE}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps({"format": FORMAT, **asdict(fitted)}, indent=1) + "\n")
-        os.replace(temporary, path)
+        replace_json(path, {"format": FORMAT, **asdict(fitted)})
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunFolderError(f"{path} could not be written: {reason(error)}; an earlier one is untouched") from None
     return path
 
@@ -89,8 +86,3 @@ def load_fitted(folder: Path, hidden_size: int) -> FittedAdaptation | None:
             f"{path} cannot be used: {reason(error)}; delete it, or leave it aside with --adaptation.fitted false"
         ) from None
     return fitted
-
-
-def configured_steps(config: AdaptationConfig) -> list[float]:
-    """Return the size of each configured step."""
-    return [config.alpha * share for share in (config.schedule or [1.0] * config.steps)]

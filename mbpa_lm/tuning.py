@@ -22,12 +22,12 @@ from mbpa_lm.adaptation.fitting import (
     typical_squared_distance,
 )
 from mbpa_lm.adaptation.kernels import inverse_distance, normalized
-from mbpa_lm.adaptation.problem import BaseSoftmax, Problem
 from mbpa_lm.config import Config
 from mbpa_lm.data.streams import TokenStream
 from mbpa_lm.errors import DataError
 from mbpa_lm.experts.base import Chunk
-from mbpa_lm.fitted import FittedAdaptation, configured_steps
+from mbpa_lm.experts.mbpa import make_problem, make_rule
+from mbpa_lm.fitted import FittedAdaptation
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.base import OutputLayer
 from mbpa_lm.models.build import Model
@@ -114,18 +114,8 @@ class _Collector:
         assert chunk.neighbours is not None
         rows = torch.arange(-self._position % self._every, len(targets), self._every, device=targets.device)
         self._position += len(targets)
-        found = chunk.neighbours.entries
-        weights = normalized(inverse_distance(self._config.adaptation.epsilon))(chunk.neighbours.squared_distances)
-        at_keys = (found.log_partitions, found.likely_words, found.likely_probabilities)
-        problem = Problem(
-            self._layer.weight.detach(),
-            None if self._layer.bias is None else self._layer.bias.detach(),
-            found.keys,
-            found.values,
-            weights,
-            chunk.hidden_states,
-            BaseSoftmax(chunk.base_log_probabilities, *at_keys),
-        ).rows(rows)
+        weigh = normalized(inverse_distance(self._config.adaptation.epsilon))
+        problem = make_problem(self._layer, chunk, chunk.neighbours, weigh).rows(rows)
         if len(rows):
             absent = chunk.neighbours.positions[rows] < 0
             bias = self._config.adaptation.bias
@@ -171,7 +161,7 @@ def _configured(config: Config, task: _Task) -> Fit:
     adaptation = config.adaptation
     width = adaptation.epsilon if adaptation.kernel == "inverse_distance" else 2 * adaptation.bandwidth**2
     reach = adaptation.reach / task.typical**0.5 if adaptation.weighting == "within_reach" else FAR
-    return _make_fit(configured_steps(adaptation), adaptation.beta, width / task.typical, reach, task)
+    return _make_fit(make_rule(adaptation).step_sizes(), adaptation.beta, width / task.typical, reach, task)
 
 
 def _make_fit(steps: list[float], beta: float, width: float, reach: float, task: _Task) -> Fit:

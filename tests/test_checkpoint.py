@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(opt
     load_checkpoint(run)
 
 
-@pytest.mark.parametrize("call", ["save_file", "_write_json", "_replace_json", "_sync"])
+@pytest.mark.parametrize("call", ["save_file", "_write_json", "replace_json", "_sync"])
 def test_whatever_write_fails_the_run_loads_as_before(
     options: Options, tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mbpa_lm.adaptation.kernels import gaussian, inverse_distance, stretched_distances, within_reach
 from mbpa_lm.adaptation.moved_words import choose_moved_words
 from mbpa_lm.adaptation.problem import Problem
-from mbpa_lm.adaptation.products import gram
+from mbpa_lm.adaptation.products import span_products
 from mbpa_lm.adaptation.steps import shift_at, take_steps
 
 MOVED_WORDS = 32
@@ -65,8 +65,7 @@ def prepare_examples(problem: Problem, targets_B: Tensor, absent_Bn: Tensor, ada
     """Compute what stays the same during the fit; problem.weights are those that the moved words are chosen by."""
     base = problem.base
     assert base is not None
-    one = problem.bias_as_input if adapt_bias else 0.0
-    towards_Bn = (problem.queries_Bd[:, None] @ problem.keys_BKd.mT)[:, 0] + one
+    towards_Bn, gram_Bnn = span_products(problem, adapt_bias)
     moved = choose_moved_words(problem, problem.weights_BK * towards_Bn, MOVED_WORDS, targets_B[:, None])
     words_BS = moved.words.words_Bn.gather(1, moved.places_BS)
     log_probabilities_BS = base.log_probabilities_BV.gather(1, words_BS).masked_fill(~moved.filled_BS, -torch.inf)
@@ -78,7 +77,7 @@ def prepare_examples(problem: Problem, targets_B: Tensor, absent_Bn: Tensor, ada
         problem.queries_Bd,
         absent_Bn,
         towards_Bn,
-        gram(problem.keys_BKd) + one,
+        gram_Bnn,
         moved.own_BK,
         moved.logits_BKS1,
         target_B,

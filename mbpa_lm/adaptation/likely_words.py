@@ -8,7 +8,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from mbpa_lm.compiled import compiled_loop, compiled_part
+from mbpa_lm.compiled import can_take, compiled_loop, compiled_part
 
 STRIDE = 16
 """Every so manieth number of a row is looked at to guess which are among its largest."""
@@ -18,7 +18,7 @@ def likely_words(log_probabilities_CV: Tensor, count: int) -> tuple[Tensor, Tens
     """Return the likeliest words (C, c) int32, in any order, and their probabilities (C, c)."""
     if count > log_probabilities_CV.shape[1]:
         raise ValueError(f"{count} likely words of a vocabulary of {log_probabilities_CV.shape[1]}")
-    if log_probabilities_CV.device.type != "cpu" or log_probabilities_CV.dtype not in (torch.float32, torch.float64):
+    if not can_take(log_probabilities_CV):
         likely = log_probabilities_CV.topk(count, sorted=False)
         return likely.indices.int(), likely.values.exp()
     words_Cc = torch.empty(len(log_probabilities_CV), count, dtype=torch.int32)

@@ -15,7 +15,6 @@ from mbpa_lm.adaptation.words import MergedWords, merge_words
 CHANGED_WORDS = 64
 """Words moved because slow adaptation has changed them most; their change at a key cannot be known from the trained layer."""
 
-
 LOGITS = 20
 """How far below the log-partition logits lie that still matter to a probability; their rounding is in proportion."""
 
@@ -44,7 +43,7 @@ def choose_moved_words(problem: Problem, pull_BK: Tensor, moved_words: int, also
     places_BS, filled_BS = words.largest(first_step_Bn, always_BA.shape[1] + moved_words)
     logits_BKS1, rest_BK = _base_logits(problem, base, words.words_Bn.gather(1, places_BS), filled_BS)
     own_places_BK = words.always_places_BA[:, : problem.values_BK.shape[1]]
-    own_BK = places_among(places_BS, words.words_Bn.shape[1]).gather(1, own_places_BK)
+    own_BK = _places_among(places_BS, words.words_Bn.shape[1]).gather(1, own_places_BK)
     return MovedWords(words, places_BS, filled_BS, own_BK, logits_BKS1, rest_BK)
 
 
@@ -103,7 +102,7 @@ def _growth_of_the_rest(base: BaseSoftmax, trained: TrainedSoftmax, moved_BS: Te
     return log_masses[0] - log_masses[1] + base.log_partitions_B - trained.log_partitions_B
 
 
-def places_among(places_BS: Tensor, n: int) -> Tensor:
+def _places_among(places_BS: Tensor, n: int) -> Tensor:
     """Return for each of n places which of the chosen it is (B, n)."""
     order = torch.arange(places_BS.shape[1], device=places_BS.device).expand_as(places_BS)
     return places_BS.new_zeros(len(places_BS), n).scatter_(1, places_BS, order)

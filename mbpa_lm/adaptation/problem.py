@@ -72,11 +72,6 @@ class Problem:
     queries_Bd: Tensor
     base: BaseSoftmax | None = None
 
-    @property
-    def bias_as_input(self) -> float:
-        """What a bias adds to a scalar product of two hidden states, as the weight of one more input that is always 1."""
-        return 0.0 if self.bias_V is None else 1.0
-
     def accumulating(self) -> "Problem":
         """Return the problem with keys, weights and queries, and the layer, in at least float32, to compute with."""
         bias_V = None if self.bias_V is None else at_least_single(self.bias_V)

@@ -8,8 +8,8 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from mbpa_lm.adaptation.problem import at_least_single
-from mbpa_lm.compiled import compiled_loop
+from mbpa_lm.adaptation.problem import Problem, at_least_single
+from mbpa_lm.compiled import can_take, compiled_loop
 
 
 def products_with_rows(keys_BKd: Tensor, table_Vd: Tensor, rows_BS: Tensor, symmetric: bool = False) -> Tensor:
@@ -17,14 +17,23 @@ def products_with_rows(keys_BKd: Tensor, table_Vd: Tensor, rows_BS: Tensor, symm
 
     With `symmetric` the caller says that the rows are the keys themselves, which halves the work.
     """
-    compiled = table_Vd.device.type == "cpu" and table_Vd.dtype in (torch.float32, torch.float64)
-    if not compiled or table_Vd.dtype != keys_BKd.dtype:
+    if not can_take(table_Vd) or table_Vd.dtype != keys_BKd.dtype:
         chosen_BSd = at_least_single(table_Vd.index_select(0, rows_BS.flatten())).view(*rows_BS.shape, -1)
         return at_least_single(keys_BKd) @ chosen_BSd.mT
     products_BKS = keys_BKd.new_empty(*keys_BKd.shape[:2], rows_BS.shape[1])
     tensors = (keys_BKd.contiguous(), table_Vd.detach().contiguous(), rows_BS.contiguous(), products_BKS)
     _multiply(*(tensor.numpy() for tensor in tensors), symmetric)
     return products_BKS
+
+
+def span_products(problem: Problem, adapt_bias: bool) -> tuple[Tensor, Tensor]:
+    """Return g (B, K), the scalar products of the keys with the query, and G (B, K, K), those of the keys with each other.
+
+    A bias that is adapted is the weight of one more input that is always 1.
+    """
+    one = 1.0 if adapt_bias and problem.bias_V is not None else 0.0
+    towards_BK = (problem.queries_Bd[:, None] @ problem.keys_BKd.mT)[:, 0]
+    return towards_BK + one, gram(problem.keys_BKd) + one
 
 
 def gram(keys_BKd: Tensor) -> Tensor:

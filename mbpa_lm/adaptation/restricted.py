@@ -31,12 +31,10 @@ from torch import Tensor
 from mbpa_lm.adaptation import dual
 from mbpa_lm.adaptation.moved_words import choose_moved_words
 from mbpa_lm.adaptation.problem import BaseSoftmax, Problem, pick
-from mbpa_lm.adaptation.products import gram
+from mbpa_lm.adaptation.products import span_products
 from mbpa_lm.adaptation.rule import AdaptationRule
-from mbpa_lm.adaptation.steps import shift_at, take_steps
+from mbpa_lm.adaptation.steps import SPAN_OPTIMIZERS, shift_at, take_steps
 from mbpa_lm.adaptation.words import MergedWords
-
-OPTIMIZERS = ("sgd", "momentum")
 
 QUERIES_AT_ONCE = 256
 
@@ -79,7 +77,7 @@ def solve_with_bounds(
     Args: problem.base must be there (`Problem.with_base` makes it); moved_words: M; tolerance in nats, inf for never widening.
     Raises AdaptationError for a rule whose steps leave the span of the neighbours (RMSProp, Adam).
     """
-    rule.require("restricted", OPTIMIZERS)
+    rule.require("restricted", SPAN_OPTIMIZERS)
     problem = problem.accumulating_but_the_layer()
     parts = [_solve_some(part, rule, targets, moved_words) for part, targets in problem.turns(QUERIES_AT_ONCE, targets_B)]
     log_probabilities, bounds_B = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -112,13 +110,11 @@ def _solve_wider(
 def _solve_some(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None, moved_words: int) -> tuple[Tensor, Tensor]:
     base = problem.base
     assert base is not None
-    one = problem.bias_as_input if rule.adapt_bias else 0.0
-    towards_BK = (problem.queries_Bd[:, None] @ problem.keys_BKd.mT)[:, 0] + one
+    towards_BK, gram_BKK = span_products(problem, rule.adapt_bias)
     pull_BK = problem.weights_BK * towards_BK
 
     moved = choose_moved_words(problem, pull_BK, moved_words)
     words, places_BS, own_BK, rest_BK = moved.words, moved.places_BS, moved.own_BK, moved.rest_BK
-    gram_BKK = gram(problem.keys_BKd) + one
     sizes, velocity_kept = rule.step_sizes(), rule.velocity_kept
     steps = take_steps(
         moved.logits_BKS1, gram_BKK, problem.weights_BK, own_BK, sizes, rule.beta, velocity_kept, frozen_last=True

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mbpa_lm.adaptation.problem import at_least_single, pick
-from mbpa_lm.compiled import compiled_loop
+from mbpa_lm.compiled import can_take, compiled_loop
 from mbpa_lm.errors import AdaptationError
 
 
@@ -122,16 +122,12 @@ class SlowWeights:
 
 def _pull(slow: Tensor, trained: Tensor, gradient: Tensor, scale: Tensor, rule: SlowRule, share: float) -> None:
     """Take the step of the module's docstring in place; the gradient is multiplied by `share`."""
-    if _on_cpu(slow):
+    if can_take(slow):
         arrays = (tensor.numpy().reshape(len(slow), -1) for tensor in (slow, trained, gradient, scale))
         _pull_compiled(*arrays, rule.rate * share, rule.decay, rule.smoothing)
         return
     step = gradient.mul_(rule.rate * share).div_(scale + rule.smoothing)
     slow.sub_(trained).mul_(1 - (scale * rule.decay).clamp_(max=1)).add_(trained).sub_(step)
-
-
-def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 @compiled_loop

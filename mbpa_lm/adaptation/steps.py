@@ -22,6 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SPAN_OPTIMIZERS = ("sgd", "momentum")
+"""Optimizers whose steps stay in the span of the neighbours."""
+
 Number = float | Tensor
 """A float, or a scalar tensor that a gradient flows to."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mbpa_lm.adaptation import words_compiled
+from mbpa_lm.compiled import can_take
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class MergedWords:
 
     def sum_by_word(self, factors_BK: Tensor, numbers_BKc: Tensor) -> Tensor:
         """Sum factor times number over the listed slots of each word: (B, n)."""
-        if words_compiled.can_take(numbers_BKc):
+        if can_take(numbers_BKc):
             sums_Bn = torch.empty(self.words_Bn.shape, dtype=numbers_BKc.dtype)
             arrays = (self.listed_places_BKc, factors_BK, numbers_BKc, sums_Bn)
             words_compiled.sum_by_place(*(tensor.contiguous().numpy() for tensor in arrays))
@@ -38,7 +39,7 @@ class MergedWords:
 
     def masses(self, log_probabilities_BV: Tensor, shifts_Bn: Tensor) -> tuple[Tensor, Tensor]:
         """Return the words' mass under the distributions (B,), and the log of what their shifts make of it (B,)."""
-        if words_compiled.can_take(log_probabilities_BV):
+        if can_take(log_probabilities_BV):
             mass_B, log_shifted_B = torch.empty(2, len(shifts_Bn), dtype=log_probabilities_BV.dtype)
             tensors = (log_probabilities_BV, self.words_Bn, self.counts_B, shifts_Bn, mass_B, log_shifted_B)
             words_compiled.masses(*(tensor.numpy() for tensor in tensors))
@@ -48,7 +49,7 @@ class MergedWords:
 
     def number_of(self, words_B: Tensor, numbers_Bn: Tensor) -> Tensor:
         """Return the number at the place of one word a query (B,), 0 where it has no place."""
-        if words_compiled.can_take(numbers_Bn):
+        if can_take(numbers_Bn):
             found_B = numbers_Bn.new_empty(len(numbers_Bn))
             tensors = (words_B, self.words_Bn, self.counts_B, numbers_Bn, found_B)
             words_compiled.number_of(*(tensor.numpy() for tensor in tensors))
@@ -64,7 +65,7 @@ class MergedWords:
 
 def merge_words(listed_BKc: Tensor, always_BA: Tensor) -> MergedWords:
     """Merge the words (B, K, c) that carry numbers with those (B, A) that are always chosen."""
-    if words_compiled.can_take(listed_BKc):
+    if can_take(listed_BKc):
         return _merge_by_hashing(listed_BKc, always_BA)
     return merge_by_sorting(listed_BKc, always_BA)
 

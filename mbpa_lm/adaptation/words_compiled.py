@@ -1,18 +1,11 @@
 """The inner loops of `words.py` on a CPU."""
 
 import numpy as np
-import torch
 from numba import prange
-from torch import Tensor
 
 from mbpa_lm.compiled import compiled_loop, compiled_part
 
 MULTIPLIER = 2654435761  # Knuth's, of multiplicative hashing
-
-
-def can_take(tensor: Tensor) -> bool:
-    """Say whether compiled loops can work on the tensor."""
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
 @compiled_loop

@@ -4,6 +4,8 @@ The neighbours of the query are weighted by the kernel, the layer takes a few gr
 weights, predicts once, and is discarded.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from mbpa_lm.adaptation.selection import most_informative
 from mbpa_lm.config import AdaptationConfig
 from mbpa_lm.errors import AdaptationError
 from mbpa_lm.experts.base import Chunk
-from mbpa_lm.memory.base import Entries, Neighbours
+from mbpa_lm.memory.base import Neighbours
 from mbpa_lm.models.base import OutputLayer
 
 
@@ -31,10 +33,7 @@ class MbpaExpert:
         self._used = neighbours
         self._layer = output_layer
         self._config = config
-        schedule = None if config.schedule is None else tuple(config.schedule)
-        self._rule = AdaptationRule(
-            config.steps, config.alpha, config.beta, config.optimizer, config.momentum, config.bias, schedule
-        )
+        self._rule = make_rule(config)
         self._weigh = make_weighting(config)
         self._bounds = _Bounds()
 
@@ -75,25 +74,7 @@ class MbpaExpert:
     def _problem(self, chunk: Chunk) -> Problem:
         assert chunk.neighbours is not None
         neighbours = self._select(chunk.neighbours, chunk.hidden_states)
-        layer = self._layer if chunk.slow is None else OutputLayer(chunk.slow.weight, chunk.slow.bias)
-        return Problem(
-            weight_Vd=layer.weight.detach(),
-            bias_V=None if layer.bias is None else layer.bias.detach(),
-            keys_BKd=neighbours.entries.keys,
-            values_BK=neighbours.entries.values,
-            weights_BK=self._weigh(neighbours.squared_distances),
-            queries_Bd=chunk.hidden_states,
-            base=self._base(chunk, neighbours.entries),
-        )
-
-    def _base(self, chunk: Chunk, found: Entries) -> BaseSoftmax:
-        at_keys = (found.log_partitions, found.likely_words, found.likely_probabilities)
-        if chunk.slow is None:
-            return BaseSoftmax(chunk.base_log_probabilities, *at_keys)
-        weight, bias = self._layer
-        bias = None if bias is None else bias.detach()
-        trained = TrainedSoftmax(weight.detach(), bias, chunk.base_log_probabilities, chunk.base_log_partitions)
-        return BaseSoftmax(chunk.slow.log_probabilities, *at_keys, chunk.slow.log_partitions, trained)
+        return make_problem(self._layer, chunk, neighbours, self._weigh)
 
     def _select(self, neighbours: Neighbours, queries: Tensor) -> Neighbours:
         if self._config.selection == "nearest":
@@ -102,6 +83,28 @@ class MbpaExpert:
         present = candidates.positions >= 0
         columns = most_informative(candidates.entries.keys.float(), queries.float(), present, self._used)
         return candidates.at(columns)
+
+
+def make_problem(trained: OutputLayer, chunk: Chunk, neighbours: Neighbours, weigh: Weighting) -> Problem:
+    """Return what a solver is given for a chunk: steps start from its slow weights where it has them."""
+    found = neighbours.entries
+    weight, bias = trained.weight.detach(), None if trained.bias is None else trained.bias.detach()
+    start_weight, start_bias, slow = weight, bias, chunk.slow
+    base = BaseSoftmax(chunk.base_log_probabilities, found.log_partitions, found.likely_words, found.likely_probabilities)
+    if slow is not None:
+        start_weight, start_bias = slow.weight, slow.bias
+        at_trained = TrainedSoftmax(weight, bias, chunk.base_log_probabilities, chunk.base_log_partitions)
+        base = replace(
+            base, log_probabilities_BV=slow.log_probabilities, log_partitions_B=slow.log_partitions, trained=at_trained
+        )
+    weights_BK = weigh(neighbours.squared_distances)
+    return Problem(start_weight, start_bias, found.keys, found.values, weights_BK, chunk.hidden_states, base)
+
+
+def make_rule(config: AdaptationConfig) -> AdaptationRule:
+    """Return the configured steps."""
+    schedule = None if config.schedule is None else tuple(config.schedule)
+    return AdaptationRule(config.steps, config.alpha, config.beta, config.optimizer, config.momentum, config.bias, schedule)
 
 
 def make_weighting(config: AdaptationConfig) -> Weighting:

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from mbpa_lm.compiled import can_take
 from mbpa_lm.memory.nearest_compiled import search
 
 SPARE_CANDIDATES = 8
@@ -31,8 +32,7 @@ def nearest(
     Query c sees the rows from begins[c] up to, not including, ends[c]. Where that is fewer than K, the last rows are -1 and
     their distances inf.
     """
-    on_cpu = keys_Nd.device.type == "cpu" and keys_Nd.dtype in (torch.float32, torch.float64)
-    find = nearest_compiled if on_cpu else nearest_plain
+    find = nearest_compiled if can_take(keys_Nd) else nearest_plain
     return find(keys_Nd, squared_norms_N, queries_Cd, begins_C, ends_C, count)
 
 

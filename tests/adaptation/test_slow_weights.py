@@ -72,7 +72,7 @@ def test_compiled_and_plain_steps_agree(monkeypatch: pytest.MonkeyPatch) -> None
     rule = SlowRule(1, 0.2, 0.9, 0.1)
     compiled = [tensor.clone() for tensor in tensors]
     slow_weights._pull(*compiled, rule, 0.7)
-    monkeypatch.setattr(slow_weights, "_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(slow_weights, "can_take", lambda tensor: False)
     plain = [tensor.clone() for tensor in tensors]
     slow_weights._pull(*plain, rule, 0.7)
     assert not torch.equal(compiled[0], tensors[0])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbpa_lm.adaptation import words_compiled
+from mbpa_lm.adaptation import words as words_module
 from mbpa_lm.adaptation.words import MergedWords, merge_by_sorting, merge_words
 
 PATHS = ["compiled", "pytorch"]
@@ -21,7 +21,7 @@ def path(name: str) -> Iterator[None]:
     """Have the words merged and summed in compiled loops, or in PyTorch."""
     with pytest.MonkeyPatch.context() as patch:
         if name == "pytorch":
-            patch.setattr(words_compiled, "can_take", lambda tensor: False)
+            patch.setattr(words_module, "can_take", lambda tensor: False)
         yield
 
 
