@@ -19,8 +19,12 @@ Dimensions: `B` queries, `K` neighbours, `S` words.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mbpa_lm.adaptation import steps_compiled
+from mbpa_lm.compiled import can_take
 
 SPAN_OPTIMIZERS = ("sgd", "momentum")
 """Optimizers whose steps stay in the span of the neighbours."""
@@ -53,6 +57,14 @@ def take_steps(
     for words whose logits stay.
     """
     pull_BKK = gram_BKK * weights_BK[:, None]
+    if (
+        logits_BKS.dtype == torch.float32
+        and not momentum
+        and len(step_sizes)
+        and _plain(logits_BKS, pull_BKK, *step_sizes, beta)
+    ):
+        sizes = [float(alpha) for alpha in step_sizes]
+        return SpanSteps(0.0, _take_compiled_steps(logits_BKS, pull_BKK, values_BK, sizes, float(beta), frozen_last))
     own_BKS = _own_words(pull_BKK, values_BK, logits_BKS)
     logits, total, total_velocity = logits_BKS, None, None
     own: Number = 0.0
@@ -74,6 +86,26 @@ def take_steps(
             if frozen_last:
                 logits[..., -1] = logits_BKS[..., -1]
     return SpanSteps(own, total)
+
+
+def _plain(*numbers: Number) -> bool:
+    """Say whether compiled loops can take the numbers, through which no gradient flows."""
+    tensors = [number for number in numbers if isinstance(number, Tensor)]
+    return can_take(*tensors) and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _take_compiled_steps(
+    logits_BKS: Tensor, pull_BKK: Tensor, values_BK: Tensor, step_sizes: list[float], beta: float, frozen_last: bool
+) -> Tensor:
+    """Return r_k - n onehot(v_k) as (B, K, S) after plain steps."""
+    start_BKS, values_BK = logits_BKS.contiguous(), values_BK.contiguous()
+    total_BKS, moved_BKS = torch.zeros_like(start_BKS), torch.zeros_like(start_BKS)
+    for step, alpha in enumerate(step_sizes):
+        if step:
+            torch.bmm(pull_BKK, total_BKS, out=moved_BKS)
+        arrays = (tensor.numpy() for tensor in (start_BKS, moved_BKS, values_BK))
+        steps_compiled.step(*arrays, np.float32(1 - alpha * beta), np.float32(alpha), frozen_last, total_BKS.numpy())
+    return total_BKS
 
 
 def shift_at(towards_BK: Tensor, weights_BK: Tensor, values_BK: Tensor, steps: SpanSteps, words: int) -> Tensor:

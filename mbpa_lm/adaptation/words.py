@@ -39,7 +39,7 @@ class MergedWords:
 
     def masses(self, log_probabilities_BV: Tensor, shifts_Bn: Tensor) -> tuple[Tensor, Tensor]:
         """Return the words' mass under the distributions (B,), and the log of what their shifts make of it (B,)."""
-        if can_take(log_probabilities_BV):
+        if can_take(log_probabilities_BV) and log_probabilities_BV.dtype == shifts_Bn.dtype == torch.float32:
             mass_B, log_shifted_B = torch.empty(2, len(shifts_Bn), dtype=log_probabilities_BV.dtype)
             tensors = (log_probabilities_BV, self.words_Bn, self.counts_B, shifts_Bn, mass_B, log_shifted_B)
             words_compiled.masses(*(tensor.numpy() for tensor in tensors))

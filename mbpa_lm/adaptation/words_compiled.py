@@ -3,7 +3,7 @@
 import numpy as np
 from numba import prange
 
-from mbpa_lm.compiled import compiled_loop, compiled_part
+from mbpa_lm.compiled import compiled_loop, compiled_part, exponential
 
 MULTIPLIER = 2654435761  # Knuth's, of multiplicative hashing
 
@@ -77,16 +77,27 @@ def masses(
     mass: np.ndarray,
     log_shifted: np.ndarray,
 ) -> None:
-    """Sum the probability of the first words of each query, and that with their logits shifted, the latter as a log."""
+    """Sum the probability of the first words of each query, and that with their logits shifted, the latter as a log.
+
+    All float32 but the sums, which are added up in float64.
+    """
     for query in prange(len(words)):
-        largest = -np.inf
-        for place in range(counts[query]):
-            largest = max(largest, log_probabilities[query, words[query, place]] + shifts[query, place])
+        count = counts[query]
+        numbers = np.empty((2, count), np.float32)
+        largest = np.float32(-np.inf)
+        for place in range(count):
+            numbers[0, place] = log_probabilities[query, words[query, place]]
+            numbers[1, place] = numbers[0, place] + shifts[query, place]
+            largest = max(largest, numbers[1, place])
+        for place in range(count):
+            numbers[1, place] -= largest
+        every = numbers.ravel()
+        for place in range(2 * count):
+            every[place] = exponential(every[place])
         before, after = 0.0, 0.0
-        for place in range(counts[query]):
-            log_probability = log_probabilities[query, words[query, place]]
-            before += np.exp(log_probability)
-            after += np.exp(log_probability + shifts[query, place] - largest)
+        for place in range(count):
+            before += numbers[0, place]
+            after += numbers[1, place]
         mass[query] = before
         log_shifted[query] = largest + np.log(after)
 

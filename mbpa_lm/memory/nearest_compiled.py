@@ -4,9 +4,7 @@ import numpy as np
 from numba import prange
 
 from mbpa_lm.compiled import compiled_loop, compiled_part
-
-BLOCK = 16
-"""Products compared with the farthest candidate at once."""
+from mbpa_lm.largest_compiled import place_largest
 
 
 @compiled_loop
@@ -49,24 +47,15 @@ def search(
 def _scan(half_norms: np.ndarray, products: np.ndarray, begin: int, end: int, found: np.ndarray, near: np.ndarray) -> int:
     """Keep the rows in [begin, end) with the smallest half_norms - products; return how many there are."""
     kept = min(len(found), end - begin)
-    row = end - kept
+    nearness = np.empty(end - begin, products.dtype)
+    for row in range(end - begin):
+        nearness[row] = products[begin + row] - half_norms[begin + row]
+    places = np.empty(kept, np.int32)
+    if kept:
+        place_largest(nearness, places)
     for place in range(kept):
-        found[place] = row + place
-        near[place] = half_norms[row + place] - products[row + place]
-    farthest = near[:kept].argmax() if kept else 0
-    while row > begin:
-        block = max(begin, row - BLOCK)
-        limit = near[farthest]
-        closer = False
-        for other in range(block, row):
-            closer |= half_norms[other] - products[other] < limit
-        if closer:
-            for other in range(row - 1, block - 1, -1):
-                half = half_norms[other] - products[other]
-                if half < near[farthest]:
-                    found[farthest], near[farthest] = other, half
-                    farthest = near.argmax()
-        row = block
+        found[place] = begin + places[place]
+        near[place] = -nearness[places[place]]
     return kept
 
 
