@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mbpa_lm.adaptation.slow_weights import SlowRule, SlowWeights
 from mbpa_lm.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint
@@ -24,6 +25,7 @@ from mbpa_lm.gradient_scale import gradient_scale
 from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes, pick_device
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.metrics import Targets, perplexity, summarize
+from mbpa_lm.models.base import LanguageModel
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.report import print_fitted, print_tables, write_results
 from mbpa_lm.scoring import StreamScores, score_stream
@@ -52,11 +54,9 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
         console.print(f"the adaptation is as fitted on {fitted.stream}; --adaptation.fitted false takes the configured one")
     experts = build_experts(config, layer)
     slow_weights = _slow_weights(config, checkpoint) if any(expert.needs_slow_weights for expert in experts) else None
-    kept = min(config.memory.likely_words, model.vocabulary_size)
-    likely_words = kept if config.adaptation.solver == "restricted" else 0
-    kind = (layer.weight.dtype, layer.weight.device)
     metric = None if fitted is None else fitted.metric_tensor()
-    memory = WindowMemory(config.memory.size, model.hidden_size, likely_words, *kind, metric)
+    _load_compiled_loops(config, model, stream, metric)
+    memory = _window(config, model, metric)
     with RunLog(Path(config.run.folder), config.tracking.mode, config.tracking.project, "evaluate", asdict(config)) as log:
         with ProgressBar(f"scoring {stream.name}", len(stream) - 1) as progress:
             scores = score_stream(
@@ -76,6 +76,19 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
     print_tables(metrics)
     console.print(f"written to {path}")
     return metrics
+
+
+def _window(config: Config, model: LanguageModel, metric: Tensor | None) -> WindowMemory:
+    kept = min(config.memory.likely_words, model.vocabulary_size)
+    likely_words = kept if config.adaptation.solver == "restricted" else 0
+    weight = model.output_layer().weight
+    return WindowMemory(config.memory.size, model.hidden_size, likely_words, weight.dtype, weight.device, metric)
+
+
+def _load_compiled_loops(config: Config, model: LanguageModel, stream: TokenStream, metric: Tensor | None) -> None:
+    """Score a few tokens and forget them: the first call of each loop loads its machine code, or compiles it."""
+    experts = [expert for expert in build_experts(config, model.output_layer()) if not expert.needs_slow_weights]
+    score_stream(model, stream.tokens[:4], experts, _window(config, model, metric), config.evaluation.chunk_length)
 
 
 def _tune(config: Config, checkpoint: Checkpoint) -> None:

@@ -17,7 +17,7 @@ What is left out is bounded. A word that neighbour k does not list is there at m
 lists, l_k, so no word's shift misses more than sum_k w_k |g[k]| r_k l_k. What the first order misses of a listed word is its
 shift at a key times its pull at the query, twice at most max |G| max |g| (sum_k w_k r_k p_k(u))^2. Steps so long that they
 overshoot, alpha times the curvature above 2, multiply both. A query whose bound is above the tolerance is solved again with
-four times the words. Where the steps start from slowly adapted weights the bound says less: what those changed at the keys is
+more words. Where the steps start from slowly adapted weights the bound says less: what those changed at the keys is
 known for the moved words only, and guessed for the others.
 
 Dimensions: `B` queries, `K` neighbours, `c` likely words a neighbour, `n` different words, `S` = K + M moved words, `d`.
@@ -42,7 +42,7 @@ SMALL_MASS = 0.05
 """Mass of the other words at the query below which a difference from 1 is not precise enough."""
 
 WIDENING = 4
-"""Factor of the listed and of the moved words for a query whose bound is above the tolerance."""
+"""Factor of the moved words, and then of the listed words too, for a query whose bound is above the tolerance."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,17 @@ def solve_with_bounds(
     widened_B = bounds_B > tolerance
     rows = widened_B.nonzero()[:, 0]
     likely_words = 0 if problem.base is None else problem.base.likely_words_BKc.shape[2]
+    first = True
     while len(rows):
-        likely_words, moved_words = max(1, likely_words) * WIDENING, max(1, moved_words) * WIDENING
+        moved_words = max(1, moved_words) * WIDENING
         targets = None if targets_B is None else targets_B[rows]
-        found = _solve_wider(problem.rows(rows), rule, targets, likely_words, moved_words)
+        if first:  # longer lists of likely words cost a softmax at every neighbour, and are seldom what is missing
+            found = _solve_some(problem.rows(rows), rule, targets, moved_words)
+        else:
+            likely_words = max(1, likely_words) * WIDENING
+            found = _solve_wider(problem.rows(rows), rule, targets, likely_words, moved_words)
         log_probabilities[rows], bounds_B[rows] = found
-        rows = rows[bounds_B[rows] > tolerance]
+        rows, first = rows[bounds_B[rows] > tolerance], False
     return Solution(log_probabilities, bounds_B, widened_B)
 
 
