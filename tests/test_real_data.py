@@ -107,11 +107,21 @@ def test_the_memory_lowers_it_and_solvers_agree(
         np.testing.assert_allclose(*by_solver, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def adapted_states(trained: tuple[LSTMLanguageModel, WordTokenizer], ptb_test: TokenStream) -> tuple[Problem, torch.Tensor]:
-    """The last 100 of 4,000 states of the test set with their 32 nearest among all before, and the words that followed."""
+@pytest.fixture(scope="module", params=COUNTS)
+def adapted_states(
+    request: pytest.FixtureRequest,
+    shared_data: Path,
+    trained: tuple[LSTMLanguageModel, WordTokenizer],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Problem, torch.Tensor]:
+    """The last 100 of 4,000 states of a test set with their 32 nearest among all before, and the words that followed.
+
+    The model was trained on PTB: of WikiText-2 it reads the words that PTB has too.
+    """
     model, layer = trained[0], trained[0].output_layer()
-    tokens = torch.from_numpy(ptb_test.tokens[:4001].astype(np.int64))
+    corpus = open_corpus(DataConfig(corpus=request.param, path=str(shared_data / request.param)))
+    stream = open_stream(corpus, "test", trained[1], tmp_path_factory.mktemp("tokens"))
+    tokens = torch.from_numpy(stream.tokens[:4001].astype(np.int64))
     with torch.no_grad():
         states = model(tokens[None, :-1]).hidden_states[0]
         logits = layer.logits(states)
@@ -142,9 +152,11 @@ def test_few_moved_words_are_nearly_the_whole_vocabulary(adapted_states: tuple[P
     config = AdaptationConfig()
     rule = AdaptationRule(10, 0.05)
     solution = restricted.solve_with_bounds(problem, rule, targets, config.moved_words, config.tolerance)
-    errors = (solution.log_probabilities - dual.solve(problem, rule, targets)).abs()
+    differences = solution.log_probabilities - dual.solve(problem, rule, targets)
+    errors = differences.abs()
     assert float(errors.mean()) < 1e-3
     assert float(errors.max()) < 2e-2
+    assert abs(float(differences.mean().exp()) - 1) < 5e-4  # of the perplexity
     moved = (solution.log_probabilities - problem.base.log_probabilities_BV.gather(1, targets[:, None])[:, 0]).abs()
     assert float(moved.mean()) > 100 * float(errors.mean())
 
