@@ -252,10 +252,13 @@ class AdaptationConfig:
     """informative: nearest entries that the neighbours are chosen from."""
     bias: bool = True
     """Whether the output layer's bias is adapted beside its weight."""
+    weight: float = 1.0
+    """Share of the adapted prediction where it is reported alone; the rest is the base model's."""
     fitted: bool = True
     """Whether what evaluate.py --tune fitted and kept with the checkpoint, where it did, replaces the values above."""
 
     def __post_init__(self) -> None:
+        _require("adaptation.weight", self.weight, 0 < self.weight <= 1, "greater than 0 and at most 1")
         _require_not_negative("adaptation", self, "steps", "alpha", "beta", "moved_words")
         _require_positive("adaptation", self, "tolerance", "candidates", "reach")
         _require_probability("adaptation", self, "momentum")
@@ -292,15 +295,104 @@ class PersistentConfig:
         _require_not_negative("persistent", self, "rate", "decay")
 
 
-EXPERTS = ("base", "mbpa", "persistent", "mbpa+persistent")
+@dataclass(frozen=True)
+class CacheConfig:
+    """Continuous caches over windows of the stream (Grave et al. 2017), one expert each."""
+
+    windows: list[int] = field(default_factory=lambda: [100, 500, 5000, 0])
+    """Most recent entries that each cache sees; 0: the whole stream (the unbounded cache)."""
+    thetas: list[float] = field(default_factory=lambda: [0.3, 0.3, 0.3, 0.3])
+    """Sharpness of each: an entry counts exp(theta times the scalar product of its hidden state with the query)."""
+    weights: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.1, 0.1])
+    """Share of each where it predicts alone; the rest is the base model's."""
+    fitted: bool = True
+    """Whether what evaluate.py --tune fitted and kept with the checkpoint, where it did, replaces the values above."""
+
+    def __post_init__(self) -> None:
+        for name in ("thetas", "weights"):
+            values = getattr(self, name)
+            wanted = f"{len(self.windows)} numbers, one for each of cache.windows"
+            _require(f"cache.{name}", values, len(values) == len(self.windows), wanted)
+        _require(
+            "cache.windows", self.windows, all(window >= 0 for window in self.windows), "lengths, or 0 for the whole stream"
+        )
+        _require("cache.windows", self.windows, len(set(self.windows)) == len(self.windows), "different lengths")
+        _require("cache.thetas", self.thetas, all(theta >= 0 for theta in self.thetas), "numbers of 0 or more")
+        _require("cache.weights", self.weights, all(0 < weight < 1 for weight in self.weights), "numbers between 0 and 1")
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """Nearest contexts of the training text (kNN-LM, Khandelwal et al. 2020)."""
+
+    neighbours: int = 256
+    """Entries that a prediction looks at (K)."""
+    temperature: float = 10.0
+    """An entry counts exp(minus its squared distance over the temperature)."""
+    weight: float = 0.1
+    """Its share where it predicts alone; the rest is the base model's."""
+    grows: bool = False
+    """Whether the stream so far is searched together with the training text."""
+    entries: int = 0
+    """First training tokens that are stored, once a checkpoint; 0: all. They are kept with it."""
+    cells_searched: int = 32
+    """Cells of the inverted file that a query looks into; more is slower and finds more of the true neighbours."""
+    fitted: bool = True
+    """Whether what evaluate.py --tune fitted and kept with the checkpoint, where it did, replaces the values above."""
+
+    def __post_init__(self) -> None:
+        _require_positive("knn", self, "neighbours", "temperature", "cells_searched")
+        _require_not_negative("knn", self, "entries")
+        _require("knn.weight", self.weight, 0 < self.weight < 1, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class DynamicConfig:
+    """How the whole model goes on learning from the stream (dynamic evaluation, Krause et al. 2018)."""
+
+    interval: int = 10
+    """Tokens between steps, and as far back as their gradients flow."""
+    optimizer: Literal["rms", "sgd"] = "rms"
+    """rms: steps and decay scaled by each parameter's gradients on the training text; sgd: all the same."""
+    rate: float = 2e-3
+    """Size of a step; for rms in the units of persistent.rate."""
+    decay: float = 3e-3
+    """Share of the way back to the trained parameters that a step takes."""
+    smoothing: float = 3.0
+    """rms: added to a parameter's gradient scale, 1 being the mean."""
+    statistics_tokens: int = 20000
+    """rms: training tokens that the gradient scales are measured on, once a checkpoint; they are kept with it."""
+
+    def __post_init__(self) -> None:
+        _require_positive("dynamic", self, "interval", "smoothing", "statistics_tokens")
+        _require_not_negative("dynamic", self, "rate", "decay")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """How the gate over all experts learns from the stream; it needs no tuning."""
+
+    interval: int = 10
+    """Tokens between its steps."""
+    rate: float = 0.01
+    """Size of a step (Adam)."""
+
+    def __post_init__(self) -> None:
+        _require_positive("gate", self, "interval")
+        _require_not_negative("gate", self, "rate")
+
+
+EXPERTS = ("base", "mbpa", "persistent", "mbpa+persistent", "cache", "knn", "dynamic")
+MEMORY_EXPERTS = EXPERTS[:5]
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Which stream is scored, and in what pieces."""
 
-    experts: list[str] = field(default_factory=lambda: list(EXPERTS))
-    """Ways to predict that are run side by side: base, mbpa, persistent, mbpa+persistent. The base model always is."""
+    experts: list[str] = field(default_factory=lambda: list(MEMORY_EXPERTS))
+    """Ways to predict that are run side by side: base, mbpa, persistent, mbpa+persistent, cache, knn, dynamic. The base model
+    always is. The last two cost much: knn stores the training text first, dynamic trains the model on the stream."""
 
     split: Literal["train", "valid", "test"] = "test"
     """Split of the corpus that is scored."""
@@ -341,6 +433,10 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     persistent: PersistentConfig = field(default_factory=PersistentConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    dynamic: DynamicConfig = field(default_factory=DynamicConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -3,8 +3,8 @@
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mbpa_lm.adaptation.slow_weights import SlowRule, SlowWeights
 from mbpa_lm.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint
 from mbpa_lm.config import Config
-from mbpa_lm.data.corpora import Corpus, open_corpus
+from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
-from mbpa_lm.errors import CheckpointError
-from mbpa_lm.experts.build import build_experts
 from mbpa_lm.fitted import load_fitted, save_fitted
-from mbpa_lm.gradient_scale import gradient_scale
 from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes, pick_device
-from mbpa_lm.memory.window import WindowMemory
-from mbpa_lm.metrics import Targets, perplexity, summarize
-from mbpa_lm.models.base import LanguageModel
+from mbpa_lm.metrics import SEGMENTS, Targets, perplexity, summarize
+from mbpa_lm.mixed_scores import MixedScores, mixed_scores
+from mbpa_lm.mixture import GateRule
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.report import print_fitted, print_tables, write_results
+from mbpa_lm.resources import make_experts, make_history, make_slow_weights, make_window, own_corpus
 from mbpa_lm.scoring import StreamScores, score_stream
 from mbpa_lm.tracking import RunLog
 from mbpa_lm.tuning import tune
@@ -47,16 +44,15 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
     model = checkpoint.model.to(pick_device(config.run.device)).eval()
     if tune_first:
         _tune(config, checkpoint)
-    layer = model.output_layer()
     fitted = load_fitted(checkpoint.folder, model.hidden_size) if config.adaptation.fitted else None
     if fitted is not None:
         config = fitted.apply(config)
         console.print(f"the adaptation is as fitted on {fitted.stream}; --adaptation.fitted false takes the configured one")
-    experts = build_experts(config, layer)
-    slow_weights = _slow_weights(config, checkpoint) if any(expert.needs_slow_weights for expert in experts) else None
+    experts = make_experts(config, checkpoint)
+    slow_weights = make_slow_weights(config, checkpoint) if any(expert.needs_slow_weights for expert in experts) else None
     metric = None if fitted is None else fitted.metric_tensor()
-    _load_compiled_loops(config, model, stream, metric)
-    memory = _window(config, model, metric)
+    _load_compiled_loops(config, checkpoint, stream, metric)
+    memory = make_window(config, model, metric)
     with RunLog(Path(config.run.folder), config.tracking.mode, config.tracking.project, "evaluate", asdict(config)) as log:
         with ProgressBar(f"scoring {stream.name}", len(stream) - 1) as progress:
             scores = score_stream(
@@ -66,10 +62,19 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
                 memory,
                 config.evaluation.chunk_length,
                 slow_weights,
+                make_history(experts, model),
                 _show(progress),
             )
         details = {expert.name: expert.details() for expert in experts}
+        mixed = None
+        if len(experts) > 1:
+            rule = GateRule(config.gate.interval, config.gate.rate)
+            mixed = mixed_scores(scores, experts, rule, model.vocabulary_size, None)
+            scores.losses |= mixed.losses
+            scores.seconds |= mixed.seconds
         metrics = _metrics(config, checkpoint, stream, scores, details)
+        if mixed is not None:
+            metrics["gate"] = _gate_metrics(mixed, [expert.name for expert in experts])
         metrics["fitted_on"] = None if fitted is None else {"stream": fitted.stream, "losses": fitted.losses}
         path = write_results(Path(config.run.folder), metrics, scores)
         _log_metrics(log, metrics)
@@ -78,38 +83,25 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
     return metrics
 
 
-def _window(config: Config, model: LanguageModel, metric: Tensor | None) -> WindowMemory:
-    kept = min(config.memory.likely_words, model.vocabulary_size)
-    likely_words = kept if config.adaptation.solver == "restricted" else 0
-    weight = model.output_layer().weight
-    return WindowMemory(config.memory.size, model.hidden_size, likely_words, weight.dtype, weight.device, metric)
-
-
-def _load_compiled_loops(config: Config, model: LanguageModel, stream: TokenStream, metric: Tensor | None) -> None:
+def _load_compiled_loops(config: Config, checkpoint: Checkpoint, stream: TokenStream, metric: Tensor | None) -> None:
     """Score a few tokens and forget them: the first call of each loop loads its machine code, or compiles it."""
-    experts = [expert for expert in build_experts(config, model.output_layer()) if not expert.needs_slow_weights]
-    score_stream(model, stream.tokens[:4], experts, _window(config, model, metric), config.evaluation.chunk_length)
+    few = [name for name in config.evaluation.experts if name in ("mbpa", "cache")]
+    brief = replace(config, evaluation=replace(config.evaluation, experts=few))
+    experts = make_experts(brief, checkpoint)
+    parts = (
+        make_window(config, checkpoint.model, metric),
+        config.evaluation.chunk_length,
+        None,
+        make_history(experts, checkpoint.model),
+    )
+    score_stream(checkpoint.model, stream.tokens[:4], experts, *parts)
 
 
 def _tune(config: Config, checkpoint: Checkpoint) -> None:
-    fitted = tune(config, checkpoint.model, _tokenize(config, checkpoint, _own_corpus(config, checkpoint), "valid"))
+    fitted = tune(config, checkpoint.model, _tokenize(config, checkpoint, own_corpus(config, checkpoint), "valid"))
     path = save_fitted(checkpoint.folder, fitted)
     print_fitted(fitted)
     console.print(f"written to {path}")
-
-
-def _slow_weights(config: Config, checkpoint: Checkpoint) -> SlowWeights:
-    persistent = config.persistent
-
-    def training_tokens() -> np.ndarray:
-        corpus = _own_corpus(config, checkpoint)  # without a second progress bar inside the one below
-        return open_stream(corpus, "train", checkpoint.tokenizer, Path(config.data.token_folder)).tokens
-
-    with token_progress("measuring gradients on the training text") as progress:
-        scale = gradient_scale(checkpoint.folder, checkpoint.model, training_tokens, persistent, progress)
-    layer = checkpoint.model.output_layer()
-    rule = SlowRule(persistent.interval, persistent.rate, persistent.decay, persistent.smoothing)
-    return SlowWeights(layer.weight, layer.bias, rule, scale)
 
 
 def _open_stream(config: Config, checkpoint: Checkpoint) -> TokenStream:
@@ -117,20 +109,9 @@ def _open_stream(config: Config, checkpoint: Checkpoint) -> TokenStream:
     if evaluation.text:
         corpus: Corpus = WholeText(Path(evaluation.text), config.data.document_pattern)
     else:
-        corpus = _own_corpus(config, checkpoint)
+        corpus = own_corpus(config, checkpoint)
     stream = _tokenize(config, checkpoint, corpus, evaluation.split)
     return stream.first(evaluation.max_tokens + 1) if evaluation.max_tokens else stream
-
-
-def _own_corpus(config: Config, checkpoint: Checkpoint) -> Corpus:
-    """Open the text that the model was trained on."""
-    corpus = open_corpus(config.data)
-    if corpus.fingerprint("train") != checkpoint.corpus["train"]:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.folder} was trained on another text ({checkpoint.corpus['name']}) than {corpus.name} "
-            f"is now; use the data it was trained with, train again, or score any text with --evaluation.text"
-        )
-    return corpus
 
 
 def _tokenize(config: Config, checkpoint: Checkpoint, corpus: Corpus, split: str) -> TokenStream:
@@ -164,7 +145,7 @@ def _metrics(
     for name, losses in scores.losses.items():
         seconds = scores.seconds[name]
         speed = {"seconds": seconds, "tokens_per_second": len(losses) / seconds}
-        experts[name] = {**summarize(losses, targets), **speed, **details[name]}
+        experts[name] = {**summarize(losses, targets), **speed, **details.get(name, {})}
     return {
         "experts": experts,
         "stream": {
@@ -183,6 +164,17 @@ def _metrics(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(checkpoint.model.output_layer().weight.device),
         "config": asdict(config),
+    }
+
+
+def _gate_metrics(mixed: MixedScores, experts: Sequence[str]) -> dict[str, Any]:
+    """Return the gate's mean weights, and along the stream, and what it would be without each expert."""
+    names = [*experts, "uniform"]
+    along = np.stack([part.mean(axis=0) for part in np.array_split(mixed.gate_weights, SEGMENTS) if len(part)])
+    return {
+        "weights": dict(zip(names, mixed.gate_weights.mean(axis=0).tolist(), strict=True)),
+        "weights_along_stream": dict(zip(names, along.T.tolist(), strict=True)),
+        "without": {name: {"nats_per_token": loss, "perplexity": perplexity(loss)} for name, loss in mixed.without.items()},
     }
 
 

@@ -1,21 +1,28 @@
-"""How large the output layer's gradients are on the training text: measured once a checkpoint, and kept with it."""
+"""How large gradients are on the training text, by parameter: measured once a checkpoint, and kept with it.
+
+Of the output layer alone, for persistent adaptation, and of the whole model, for dynamic evaluation.
+"""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from mbpa_lm.adaptation.slow_weights import GradientScale, GradientStatistics
-from mbpa_lm.config import PersistentConfig
+from mbpa_lm.config import DynamicConfig, PersistentConfig
 from mbpa_lm.errors import DataError
 from mbpa_lm.models.base import LanguageModel, State
+from mbpa_lm.models.build import Model
 
-FILE = "gradient_scale.safetensors"
+LAYER_FILE, MODEL_FILE = "gradient_scale.safetensors", "model_gradient_scale.safetensors"
+OnProgress = Callable[[int], None]
 
 
 def gradient_scale(
@@ -23,55 +30,117 @@ def gradient_scale(
     model: LanguageModel,
     training_tokens: Callable[[], np.ndarray],
     config: PersistentConfig,
-    on_progress: Callable[[int], None] = lambda tokens: None,
+    on_progress: OnProgress = lambda tokens: None,
 ) -> GradientScale:
-    """Return the kept scale where it was measured in the same way, and measure and keep it otherwise.
+    """Return the output layer's kept scale where it was measured in the same way, and measure and keep it otherwise.
 
     Args: training_tokens opens the text when it is needed. Raises DataError where the text is shorter than an interval.
     """
-    settings = json.dumps({"interval": config.interval, "tokens": config.statistics_tokens})
-    path = checkpoint_folder / FILE
-    kept = _read(path, settings, model)
-    if kept is not None:
-        return kept
-    scale = _measure(model, training_tokens()[: config.statistics_tokens + 1], config.interval, on_progress)
-    _write(path, settings, scale)
-    return scale
+    layer = model.output_layer()
+    shapes = {"weight": layer.weight.shape} if layer.bias is None else {"weight": layer.weight.shape, "bias": layer.bias.shape}
+
+    def measure() -> dict[str, Tensor]:
+        tokens = _enough(training_tokens(), config.statistics_tokens, config.interval, "persistent.interval")
+        scale = _measure_layer(model, tokens, config.interval, on_progress)
+        return {"weight": scale.weight_Vd} if scale.bias_V is None else {"weight": scale.weight_Vd, "bias": scale.bias_V}
+
+    settings = {"interval": config.interval, "tokens": config.statistics_tokens}
+    kept = _kept(checkpoint_folder / LAYER_FILE, settings, shapes, layer.weight.device, measure)
+    return GradientScale(kept["weight"], kept.get("bias"))
+
+
+def model_gradient_scale(
+    checkpoint_folder: Path,
+    model: Model,
+    training_tokens: Callable[[], np.ndarray],
+    config: DynamicConfig,
+    on_progress: OnProgress = lambda tokens: None,
+) -> dict[str, Tensor]:
+    """Return the scale of every parameter of the model, by name; otherwise like `gradient_scale`."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def measure() -> dict[str, Tensor]:
+        tokens = _enough(training_tokens(), config.statistics_tokens, config.interval, "dynamic.interval")
+        return _measure_model(model, tokens, config.interval, on_progress)
+
+    settings = {"interval": config.interval, "tokens": config.statistics_tokens}
+    device = model.output_layer().weight.device
+    return _kept(checkpoint_folder / MODEL_FILE, settings, shapes, device, measure)
+
+
+def _enough(tokens: np.ndarray, wanted: int, interval: int, option: str) -> np.ndarray:
+    if len(tokens) <= interval:
+        raise DataError(f"the training text has {len(tokens)} tokens, {option} is {interval}; make it smaller")
+    return tokens[: wanted + 1]
+
+
+def _pieces(
+    model: LanguageModel, tokens: np.ndarray, interval: int, on_progress: OnProgress
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Read the text and give the hidden states and the next tokens of each interval."""
+    device = model.output_layer().weight.device
+    state: State | None = None
+    for begin in range(0, len(tokens) - interval, interval):
+        read = torch.from_numpy(tokens[begin : begin + interval + 1].astype(np.int64)).to(device)
+        output = model(read[None, :-1], state)
+        state = output.state
+        yield output.hidden_states[0], read[1:]
+        on_progress(begin + interval)
 
 
 @torch.no_grad()
-def _measure(model: LanguageModel, tokens: np.ndarray, interval: int, on_progress: Callable[[int], None]) -> GradientScale:
-    if len(tokens) <= interval:
-        raise DataError(f"the training text has {len(tokens)} tokens, persistent.interval is {interval}; make it smaller")
+def _measure_layer(model: LanguageModel, tokens: np.ndarray, interval: int, on_progress: OnProgress) -> GradientScale:
     layer = model.output_layer()
     statistics = GradientStatistics(layer.weight, layer.bias)
-    state: State | None = None
-    for begin in range(0, len(tokens) - interval, interval):
-        read = torch.from_numpy(tokens[begin : begin + interval + 1].astype(np.int64)).to(layer.weight.device)
-        output = model(read[None, :-1], state)
-        state = output.state
-        statistics.add(output.hidden_states[0], read[1:])
-        on_progress(begin + interval)
+    for hidden_states, targets in _pieces(model, tokens, interval, on_progress):
+        statistics.add(hidden_states, targets)
     return statistics.scale()
 
 
-def _read(path: Path, settings: str, model: LanguageModel) -> GradientScale | None:
-    weight = model.output_layer().weight
+@torch.enable_grad()
+def _measure_model(model: Model, tokens: np.ndarray, interval: int, on_progress: OnProgress) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    squares = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    count = 0
+    for hidden_states, targets in _pieces(model, tokens, interval, on_progress):
+        loss = cross_entropy(model.output_layer().logits(hidden_states), targets)
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        with torch.no_grad():
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    squares[name].addcmul_(gradient, gradient)
+        count += 1
+    return {name: (square / count).sqrt() for name, square in squares.items()}
+
+
+def _kept(
+    path: Path,
+    settings: dict[str, int],
+    shapes: dict[str, torch.Size],
+    device: torch.device,
+    measure: Callable[[], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Read tensors of the given shapes that were measured with the same settings, or measure and keep them."""
+    wanted = json.dumps(settings)
+    kept = _read(path, wanted, device)
+    if {name: tensor.shape for name, tensor in kept.items()} != shapes:
+        kept = measure()
+        _write(path, wanted, kept)
+    return kept
+
+
+def _read(path: Path, settings: str, device: torch.device) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt", device=str(weight.device)) as file:
+        with safe_open(path, framework="pt", device=str(device)) as file:
             if (file.metadata() or {}).get("settings") != settings:
-                return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                return {}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError):
-        return None
-    if tensors.get("weight", torch.empty(0)).shape != weight.shape:
-        return None
-    return GradientScale(tensors["weight"], tensors.get("bias"))
+        return {}
 
 
-def _write(path: Path, settings: str, scale: GradientScale) -> None:
+def _write(path: Path, settings: str, tensors: dict[str, Tensor]) -> None:
     """Keep the scale beside the checkpoint; where that cannot be written, it is measured again next time."""
-    tensors = {"weight": scale.weight_Vd} if scale.bias_V is None else {"weight": scale.weight_Vd, "bias": scale.bias_V}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"settings": settings})

@@ -53,7 +53,7 @@ def print_tables(metrics: Mapping[str, Any]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, values in experts.items():
         table.add_row(
-            _heading(name),
+            name,
             f"{values['perplexity']:.2f}",
             "" if name == "base" else f"{values['perplexity'] / base - 1:+.1%}",
             *(f"{values[measure]:.3f}" for measure in bits),
@@ -64,6 +64,8 @@ def print_tables(metrics: Mapping[str, Any]) -> None:
     _print_groups("perplexity by occurrence in the stream", experts, "by_recurrence")
     if stream["documents"] > 1:
         _print_groups("perplexity by position in the document", experts, "by_document_position")
+    if "gate" in metrics:
+        _print_gate(metrics["gate"], experts["gate"]["perplexity"])
     gpu = metrics["peak_gpu_memory_bytes"]
     console.print(f"peak memory {metrics['peak_memory_bytes'] / 1e6:,.0f} MB{f', GPU {gpu / 1e6:,.0f} MB' if gpu else ''}")
 
@@ -80,19 +82,29 @@ def print_fitted(fitted: FittedAdaptation) -> None:
     console.print(table)
 
 
-def _heading(name: str) -> str:
-    """Let a long name take two lines, so that a table of all experts fits an ordinary terminal."""
-    return name.replace("+", "+\n")
-
-
 def _print_groups(title: str, experts: Mapping[str, Any], group: str) -> None:
+    """Print the base model's perplexity by group, and the change of every other expert."""
+    base = {row: values for row, values in experts["base"][group].items() if values["tokens"]}
     table = Table(title=f"{title}; of the others, change against base", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("words", min_width=12)
-    table.add_column("tokens", justify="right")
-    for name in experts:
-        table.add_column(_heading(name), justify="right")
-    for row, base in experts["base"][group].items():
-        if base["tokens"]:
-            changes = [values[group][row]["perplexity"] / base["perplexity"] - 1 for values in experts.values()][1:]
-            table.add_row(row, f"{base['tokens']:,}", f"{base['perplexity']:,.1f}", *(f"{change:+.1%}" for change in changes))
+    table.add_column("expert", no_wrap=True)
+    for row, values in base.items():
+        table.add_column(f"{row}\n({values['tokens']:,})", justify="right")
+    table.add_row("base", *(f"{values['perplexity']:,.1f}" for values in base.values()))
+    for name, values in experts.items():
+        if name != "base":
+            changes = [values[group][row]["perplexity"] / base[row]["perplexity"] - 1 for row in base]
+            table.add_row(name, *(f"{change:+.1%}" for change in changes))
+    console.print(table)
+
+
+def _print_gate(gate: Mapping[str, Any], whole: float) -> None:
+    table = Table(title="the gate: mean weights, and its perplexity without an expert", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("expert", no_wrap=True)
+    for heading in ("weight", "without it", "costs"):
+        table.add_column(heading, justify="right")
+    for name in [*gate["weights"], *(name for name in gate["without"] if name not in gate["weights"])]:
+        weight = f"{gate['weights'][name]:.3f}" if name in gate["weights"] else ""
+        without = gate["without"].get(name)
+        cells = [f"{without['perplexity']:.2f}", f"{without['perplexity'] / whole - 1:+.1%}"] if without else ["", ""]
+        table.add_row(name, weight, *cells)
     console.print(table)

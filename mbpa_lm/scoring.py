@@ -6,6 +6,7 @@ token from the tokens so far and from the memory, in which a position is stored 
 Dimensions: `C` positions of a chunk, `V` vocabulary, `d` hidden size.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 
 from mbpa_lm.adaptation.likely_words import likely_words
+from mbpa_lm.adaptation.problem import pick
 from mbpa_lm.adaptation.slow_weights import SlowWeights
 from mbpa_lm.experts.base import Chunk, Expert, SlowSoftmax
+from mbpa_lm.features import FEATURES, features
 from mbpa_lm.memory.base import Entries, Memory, Neighbours
+from mbpa_lm.memory.history import StreamHistory, Stretch
 from mbpa_lm.models.base import LanguageModel, State
 
 
@@ -26,7 +30,10 @@ class StreamScores:
     """What a pass over a stream of n tokens gives."""
 
     losses: dict[str, np.ndarray]  # expert -> (n - 1,) float32 nats, minus the log-probability of each token
+    components: dict[str, np.ndarray]  # expert -> (n - 1,) float32, its own log-probability, without the base model's share
+    features: np.ndarray  # (n - 1, F) float32, what a gate may know before the token: features.FEATURES
     seconds: dict[str, float] = field(default_factory=dict)  # expert -> time that it needs when run alone
+    part_seconds: dict[str, float] = field(default_factory=dict)  # part of the pass -> its time: see `shared_work`
 
 
 @torch.no_grad()
@@ -37,17 +44,19 @@ def score_stream(
     memory: Memory,
     chunk_length: int,
     slow_weights: SlowWeights | None = None,
+    history: StreamHistory | None = None,
     on_progress: Callable[[int, StreamScores], None] = lambda scored, scores: None,
 ) -> StreamScores:
     """Score every token of a stream but the first, which is read and not scored.
 
-    Args: tokens (n,) ids; slow_weights are there where an expert needs them, and learn from the stream; on_progress is told
-    how many tokens have been scored so far. The model must be in evaluation mode. Returns the loss of every expert at
-    every position.
+    Args: tokens (n,) ids; slow_weights and history are there where an expert needs them, and learn from the stream;
+    on_progress is told how many tokens have been scored so far. The model must be in evaluation mode. Returns the loss of
+    every expert at every position.
     """
     device = model.output_layer().weight.device
     count = len(tokens) - 1
-    scores = StreamScores({expert.name: np.empty(count, dtype=np.float32) for expert in experts})
+    losses, components = ({expert.name: np.empty(count, dtype=np.float32) for expert in experts} for _ in range(2))
+    scores = StreamScores(losses, components, np.zeros((count, len(FEATURES)), dtype=np.float32))
     neighbours = max(expert.neighbours for expert in experts)
     clock = _Clock(device)
     state: State | None = None
@@ -68,17 +77,23 @@ def score_stream(
                 likely = likely_words(base_CV, memory.likely_words)
                 entries = Entries(hidden_states_Cd, targets_C, log_partitions_C, *likely)
                 found = memory.read_and_write(entries, neighbours)
-        chunk = Chunk(hidden_states_Cd, base_CV, log_partitions_C, found)
+        stretch: Stretch | None = None
+        if history is not None:
+            with clock.measure("history"):
+                stretch = history.read_and_write(hidden_states_Cd, targets_C)
+        chunk = Chunk(inputs_C, hidden_states_Cd, base_CV, log_partitions_C, found, None, stretch)
         for expert in experts:
             if not expert.needs_slow_weights:
                 with clock.measure(expert.name):
-                    scores.losses[expert.name][begin:end] = _losses(expert, chunk, targets_C)
+                    _score(expert, chunk, targets_C, scores, begin)
         if slow_weights is not None:
             from_slow_weights = [expert for expert in experts if expert.needs_slow_weights]
             _score_from_slow_weights(from_slow_weights, slow_weights, chunk, targets_C, scores, begin, clock)
+        with clock.measure("features"):
+            scores.features[begin:end] = features(chunk, begin).float().cpu().numpy()
+        scores.part_seconds |= clock.seconds
         for expert in experts:
-            shared = ["model", *["memory"] * bool(expert.neighbours), *["slow weights"] * expert.needs_slow_weights]
-            scores.seconds[expert.name] = sum(clock.seconds[part] for part in [*shared, expert.name])
+            scores.seconds[expert.name] = sum(clock.seconds[part] for part in [*shared_work(expert), expert.name])
         on_progress(end, scores)
     return scores
 
@@ -101,23 +116,34 @@ def _score_from_slow_weights(
         slow = SlowSoftmax(slow_weights.weight_Vd, slow_weights.bias_V, log_probabilities, log_partitions)
         for expert in experts:
             with clock.measure(expert.name):
-                losses = _losses(expert, replace(chunk.part(part), slow=slow), targets_C[part])
-                scores.losses[expert.name][first + part.start : first + part.stop] = losses
+                _score(expert, replace(chunk.part(part), slow=slow), targets_C[part], scores, first + part.start)
         with clock.measure("slow weights"):
             slow_weights.learn(chunk.hidden_states[part], log_probabilities, targets_C[part])
         begin = part.stop
 
 
-def _losses(expert: Expert, chunk: Chunk, targets: torch.Tensor) -> np.ndarray:
-    losses: np.ndarray = -expert.target_log_probabilities(chunk, targets).float().cpu().numpy()
-    return losses
+def _score(expert: Expert, chunk: Chunk, targets: torch.Tensor, scores: StreamScores, first: int) -> None:
+    """Write down what an expert gives for the positions of a chunk, which start at `first`."""
+    positions = slice(first, first + len(targets))
+    found = expert.target_log_probabilities(chunk, targets)
+    scores.components[expert.name][positions] = found.float().cpu().numpy()
+    if expert.weight < 1:
+        base = pick(chunk.base_log_probabilities, targets)
+        found = torch.logaddexp(base + math.log(1 - expert.weight), found + math.log(expert.weight))
+    scores.losses[expert.name][positions] = -found.float().cpu().numpy()
+
+
+def shared_work(expert: Expert) -> list[str]:
+    """Return the parts of a pass that an expert needs beside its own."""
+    needed = {"memory": expert.neighbours, "history": expert.window, "slow weights": expert.needs_slow_weights}
+    return ["model", *(part for part, wanted in needed.items() if wanted)]
 
 
 class _Clock:
     """Adds up the time of named parts, the device's work included."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {"model": 0.0, "memory": 0.0, "slow weights": 0.0}
+        self.seconds: dict[str, float] = {"model": 0.0, "memory": 0.0, "history": 0.0, "slow weights": 0.0}
         self._cuda = device.type == "cuda"
 
     @contextmanager

@@ -8,7 +8,7 @@ import torch
 
 from mbpa_lm.config import PersistentConfig
 from mbpa_lm.errors import DataError
-from mbpa_lm.gradient_scale import FILE, gradient_scale
+from mbpa_lm.gradient_scale import LAYER_FILE, gradient_scale
 from tests.conftest import small_model
 
 TOKENS = np.random.default_rng(0).integers(0, 30, 200).astype(np.uint16)
@@ -43,10 +43,10 @@ def test_a_kept_file_that_is_damaged_or_another_model_s_is_measured_again(tmp_pa
     text, config = Text(), PersistentConfig(interval=5)
     gradient_scale(tmp_path, small_model("lstm", vocabulary_size=40), text, config)
     gradient_scale(tmp_path, small_model("lstm"), text, config)
-    (tmp_path / FILE).write_bytes(b"no tensors")
+    (tmp_path / LAYER_FILE).write_bytes(b"no tensors")
     gradient_scale(tmp_path, small_model("lstm"), text, config)
     assert text.opened == 3
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [LAYER_FILE]
 
 
 def test_a_text_shorter_than_an_interval_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """What must hold of every expert on every model: no prediction sees its future, and chunks change nothing."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -10,14 +12,20 @@ import torch
 from mbpa_lm.adaptation.likely_words import likely_words
 from mbpa_lm.adaptation.slow_weights import GradientScale, SlowRule, SlowWeights
 from mbpa_lm.config import AdaptationConfig
+from mbpa_lm.dynamic_evaluation import DynamicModel, DynamicRule
 from mbpa_lm.errors import AdaptationError
 from mbpa_lm.experts.base import Chunk, Expert, SlowSoftmax
 from mbpa_lm.experts.base_model import BaseModelExpert
+from mbpa_lm.experts.cache import CacheExpert
+from mbpa_lm.experts.dynamic import DynamicExpert
+from mbpa_lm.experts.knn import KnnExpert
 from mbpa_lm.experts.mbpa import MbpaExpert, make_weighting
 from mbpa_lm.experts.persistent import PersistentExpert
 from mbpa_lm.memory.base import Entries
+from mbpa_lm.memory.history import UNBOUNDED, StreamHistory
+from mbpa_lm.memory.training_store import TrainingStore
 from mbpa_lm.memory.window import WindowMemory
-from mbpa_lm.models.base import OutputLayer
+from mbpa_lm.models.base import LanguageModel, OutputLayer
 from mbpa_lm.scoring import score_stream
 from tests.conftest import small_model
 
@@ -25,12 +33,34 @@ MODELS = ["lstm", "transformer"]
 LENGTH, WINDOW, NEIGHBOURS, LIKELY = 160, 50, 6, 8
 
 
-def mbpa(**settings: object) -> Callable[[OutputLayer], Expert]:
-    return lambda layer: MbpaExpert(layer, AdaptationConfig(**{"moved_words": 5, **settings}), NEIGHBOURS)
+def mbpa(from_slow_weights: bool = False, **settings: object) -> Callable[[LanguageModel], Expert]:
+    config = AdaptationConfig(**{"moved_words": 5, **settings})
+    return lambda model: MbpaExpert(model.output_layer(), config, NEIGHBOURS, from_slow_weights)
 
 
-EXPERTS: dict[str, Callable[[OutputLayer], Expert]] = {
-    "base": lambda layer: BaseModelExpert(),
+def knn(grows: bool, weight: float = 0.5) -> Callable[[LanguageModel], Expert]:
+    def make(model: LanguageModel) -> Expert:
+        generator = np.random.default_rng(5)
+        index = faiss.IndexFlatL2(model.hidden_size)
+        index.add(generator.normal(size=(200, model.hidden_size)).astype(np.float32))
+        store = TrainingStore(index, generator.integers(0, 30, 200).astype(np.uint32))
+        return KnnExpert(store, neighbours=20, temperature=3.0, weight=weight, grows=grows)
+
+    return make
+
+
+def dynamic(optimizer: Literal["rms", "sgd"]) -> Callable[[LanguageModel], Expert]:
+    def make(model: LanguageModel) -> Expert:
+        assert isinstance(model, torch.nn.Module)
+        scale = {name: torch.rand_like(parameter) for name, parameter in model.named_parameters()}
+        return DynamicExpert(DynamicModel(model, DynamicRule(INTERVAL, 0.01, 0.02, 1.0, optimizer), scale))
+
+    return make
+
+
+INTERVAL = 7
+EXPERTS: dict[str, Callable[[LanguageModel], Expert]] = {
+    "base": lambda model: BaseModelExpert(),
     "mbpa": mbpa(steps=1, alpha=0.2),
     "mbpa of ten steps": mbpa(steps=10, alpha=0.05, beta=0.1, kernel="gaussian"),
     "mbpa on all words": mbpa(solver="dual", steps=3, alpha=0.1),
@@ -40,15 +70,19 @@ EXPERTS: dict[str, Callable[[OutputLayer], Expert]] = {
     "mbpa unnormalized": mbpa(steps=3, alpha=0.1, weighting="unnormalized", epsilon=1.0),
     "mbpa on informative neighbours": mbpa(steps=3, alpha=0.1, selection="informative", candidates=12),
     "mbpa widened": mbpa(steps=3, alpha=0.1, tolerance=1e-6),
-    "persistent": lambda layer: PersistentExpert(),
-    "mbpa from slow weights": lambda layer: MbpaExpert(
-        layer, AdaptationConfig(steps=3, alpha=0.1, moved_words=5), NEIGHBOURS, from_slow_weights=True
-    ),
-    "mbpa on all words from slow weights": lambda layer: MbpaExpert(
-        layer, AdaptationConfig(solver="dual", steps=3, alpha=0.1), NEIGHBOURS, from_slow_weights=True
-    ),
+    "mbpa mixed with base": mbpa(steps=3, alpha=0.3, weight=0.4),
+    "persistent": lambda model: PersistentExpert(),
+    "mbpa from slow weights": mbpa(True, steps=3, alpha=0.1),
+    "mbpa on all words from slow weights": mbpa(True, solver="dual", steps=3, alpha=0.1),
+    "cache": lambda model: CacheExpert(20, 0.1, 0.3),
+    "unbounded cache": lambda model: CacheExpert(0, 0.1, 0.3),
+    "knn": knn(grows=False),
+    "knn that grows": knn(grows=True),
+    "dynamic": dynamic("rms"),
+    "dynamic by sgd": dynamic("sgd"),
 }
-INTERVAL = 7
+LEARNS = ("dynamic", "dynamic by sgd")
+"""What they predict next depends on which targets they were asked for."""
 
 
 def make_slow_weights(layer: OutputLayer) -> SlowWeights:
@@ -63,11 +97,15 @@ def random_stream(seed: int = 0) -> np.ndarray:
 def losses(kind: str, expert: str, tokens: np.ndarray, chunk_length: int) -> np.ndarray:
     model = small_model(kind)
     memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
-    experts = [EXPERTS[expert](model.output_layer())]
+    experts = [EXPERTS[expert](model)]
     slow_weights = make_slow_weights(model.output_layer()) if experts[0].needs_slow_weights else None
-    scores = score_stream(model, tokens, experts, memory, chunk_length, slow_weights)
+    scores = score_stream(model, tokens, experts, memory, chunk_length, slow_weights, make_history(experts, model))
     (values,) = scores.losses.values()
     return values
+
+
+def make_history(experts: Sequence[Expert], model: LanguageModel) -> StreamHistory:
+    return StreamHistory(max(expert.window for expert in experts), model.hidden_size, torch.float64, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("expert", EXPERTS)
@@ -95,7 +133,7 @@ def test_chunks_of_any_length_give_the_same_losses(kind: str, expert: str) -> No
 @pytest.mark.parametrize("expert", [name for name in EXPERTS if name != "base"])
 def test_the_memory_changes_predictions(expert: str) -> None:
     tokens = random_stream()
-    first = INTERVAL if expert == "persistent" else 1
+    first = INTERVAL if expert == "persistent" or expert in LEARNS else 1
     assert np.abs(losses("lstm", expert, tokens, 25) - losses("lstm", "base", tokens, 25))[first:].min() > 0
 
 
@@ -129,22 +167,29 @@ def make_chunk(
         slow_weights.learn(hidden_states[piece], slow_weights.log_probabilities(hidden_states[piece])[0], targets[piece])
     slow = SlowSoftmax(slow_weights.weight_Vd, slow_weights.bias_V, *slow_weights.log_probabilities(hidden_states))
     found = memory.read_and_write(entries, neighbours)
-    return Chunk(hidden_states, log_probabilities, log_partitions, found, slow if from_slow_weights else None)
+    inputs = torch.from_numpy(tokens.astype(np.int64))
+    history = StreamHistory(UNBOUNDED, model.hidden_size, torch.float64, torch.device("cpu"))
+    stretch = history.read_and_write(hidden_states, targets)
+    slow = slow if from_slow_weights else None
+    return Chunk(inputs, hidden_states, log_probabilities, log_partitions, found, slow, stretch)
 
 
 @pytest.mark.parametrize("expert", EXPERTS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_distributions_sum_to_one(kind: str, expert: str) -> None:
     model = small_model(kind)
-    made = EXPERTS[expert](model.output_layer())
+    made = EXPERTS[expert](model)
     chunk = make_chunk(model, random_stream(), max(1, made.neighbours), made.needs_slow_weights)
+    length = INTERVAL if expert in LEARNS else LENGTH
+    chunk = chunk if length == LENGTH else chunk.part(slice(0, length))
     log_probabilities = made.log_probabilities(chunk)
-    assert log_probabilities.shape == (LENGTH, 30)
-    torch.testing.assert_close(log_probabilities.exp().sum(-1), torch.ones(LENGTH, dtype=torch.float64))
-    assert (log_probabilities <= 0).all()
-    targets = torch.from_numpy(random_stream(1).astype(np.int64))
+    assert log_probabilities.shape == (length, 30)
+    rounding = 1e-6 if "knn" in expert else 1e-12  # its distances are in single precision
+    torch.testing.assert_close(log_probabilities.exp().sum(-1), torch.ones(length, dtype=torch.float64), atol=rounding, rtol=0)
+    assert (log_probabilities <= rounding).all()
+    targets = torch.from_numpy(random_stream(1).astype(np.int64))[:length]
     of_targets = made.target_log_probabilities(chunk, targets)
-    torch.testing.assert_close(of_targets, log_probabilities.gather(1, targets[:, None])[:, 0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(of_targets, log_probabilities.gather(1, targets[:, None])[:, 0], atol=rounding, rtol=0)
 
 
 @pytest.mark.parametrize("solver", ["restricted", "dual", "reference"])
@@ -159,6 +204,8 @@ def test_no_step_is_the_base_model_to_the_bit(solver: str, nothing: dict[str, fl
 def test_the_first_prediction_has_no_memory_and_is_the_base_model_s() -> None:
     tokens = random_stream()
     for expert in EXPERTS:
+        if expert == "knn" or expert == "knn that grows":
+            continue  # the training text is a memory that is there from the start
         assert losses("lstm", expert, tokens, 10)[0] == pytest.approx(losses("lstm", "base", tokens, 10)[0], abs=1e-6)
 
 
@@ -172,7 +219,7 @@ def test_a_step_too_long_is_reported_by_name() -> None:
 def test_progress_and_time_are_told() -> None:
     model, told = small_model("lstm"), []
     memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
-    experts = [make(model.output_layer()) for make in (EXPERTS["base"], EXPERTS["mbpa"])]
+    experts = [make(model) for make in (EXPERTS["base"], EXPERTS["mbpa"])]
     scores = score_stream(model, random_stream(), experts, memory, 50, on_progress=lambda scored, scores: told.append(scored))
     assert told == [50, 100, 150, LENGTH - 1]
     assert 0 < scores.seconds["base"] < scores.seconds["mbpa"]
@@ -180,8 +227,7 @@ def test_progress_and_time_are_told() -> None:
 
 def test_an_expert_is_not_disturbed_by_another_that_wants_more_neighbours() -> None:
     model = small_model("lstm")
-    layer = model.output_layer()
-    few, more = EXPERTS["mbpa"](layer), EXPERTS["mbpa on informative neighbours"](layer)
+    few, more = EXPERTS["mbpa"](model), EXPERTS["mbpa on informative neighbours"](model)
     assert (few.neighbours, more.neighbours) == (NEIGHBOURS, 12)
     more.name = "more"
     memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
@@ -218,7 +264,7 @@ def test_the_restricted_solver_tells_its_error_and_the_others_make_none() -> Non
     model, tokens = small_model("lstm"), random_stream()
     details = {}
     for name in ("mbpa", "mbpa widened", "mbpa on all words", "mbpa by reference", "base"):
-        expert = EXPERTS[name](model.output_layer())
+        expert = EXPERTS[name](model)
         memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
         score_stream(model, tokens, [expert], memory, 25)
         details[name] = expert.details()

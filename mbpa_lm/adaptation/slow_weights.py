@@ -114,13 +114,13 @@ class SlowWeights:
         hidden_states_nd, gradients_nV = (torch.cat(column) for column in zip(*self._seen, strict=True))
         share = 1 / (self._mean * self._rule.interval)
         gradient_Vd = torch.mm(gradients_nV.T, hidden_states_nd)
-        _pull(self.weight_Vd, self._trained_Vd, gradient_Vd, self._scale_Vd, self._rule, share)
+        pull(self.weight_Vd, self._trained_Vd, gradient_Vd, self._scale_Vd, self._rule, share)
         if self.bias_V is not None and self._trained_V is not None and self._scale_V is not None:
-            _pull(self.bias_V, self._trained_V, gradients_nV.sum(0), self._scale_V, self._rule, share)
+            pull(self.bias_V, self._trained_V, gradients_nV.sum(0), self._scale_V, self._rule, share)
         self._seen, self._positions = [], 0
 
 
-def _pull(slow: Tensor, trained: Tensor, gradient: Tensor, scale: Tensor, rule: SlowRule, share: float) -> None:
+def pull(slow: Tensor, trained: Tensor, gradient: Tensor, scale: Tensor, rule: SlowRule, share: float) -> None:
     """Take the step of the module's docstring in place; the gradient is multiplied by `share`."""
     if can_take(slow):
         arrays = (tensor.numpy().reshape(len(slow), -1) for tensor in (slow, trained, gradient, scale))

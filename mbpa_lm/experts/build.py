@@ -1,16 +1,31 @@
 """The experts that a configuration asks for."""
 
+from collections.abc import Callable
+
 from mbpa_lm.config import Config
+from mbpa_lm.dynamic_evaluation import DynamicModel
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.experts.base_model import BaseModelExpert
+from mbpa_lm.experts.cache import CacheExpert
+from mbpa_lm.experts.dynamic import DynamicExpert
+from mbpa_lm.experts.knn import KnnExpert
 from mbpa_lm.experts.mbpa import MbpaExpert
 from mbpa_lm.experts.persistent import PersistentExpert
+from mbpa_lm.memory.training_store import TrainingStore
 from mbpa_lm.models.base import OutputLayer
 
 
-def build_experts(config: Config, layer: OutputLayer) -> list[Expert]:
-    """Return the configured experts in the order in which config.EXPERTS names them, the base model always first."""
-    wanted = config.evaluation.experts
+def build_experts(
+    config: Config,
+    layer: OutputLayer,
+    training_store: Callable[[], TrainingStore],
+    dynamic_model: Callable[[], DynamicModel],
+) -> list[Expert]:
+    """Return the configured experts in the order in which config.EXPERTS names them, the base model always first.
+
+    The training store and the dynamic model are made only where an expert needs them.
+    """
+    wanted, cache, knn = config.evaluation.experts, config.cache, config.knn
     experts: list[Expert] = [BaseModelExpert()]
     if "mbpa" in wanted:
         experts.append(MbpaExpert(layer, config.adaptation, config.memory.neighbours))
@@ -18,4 +33,10 @@ def build_experts(config: Config, layer: OutputLayer) -> list[Expert]:
         experts.append(PersistentExpert())
     if "mbpa+persistent" in wanted:
         experts.append(MbpaExpert(layer, config.adaptation, config.memory.neighbours, from_slow_weights=True))
+    if "cache" in wanted:
+        experts += [CacheExpert(*settings) for settings in zip(cache.windows, cache.thetas, cache.weights, strict=True)]
+    if "knn" in wanted:
+        experts.append(KnnExpert(training_store(), knn.neighbours, knn.temperature, knn.weight, knn.grows))
+    if "dynamic" in wanted:
+        experts.append(DynamicExpert(dynamic_model()))
     return experts

@@ -16,12 +16,12 @@ from mbpa_lm.adaptation.rule import AdaptationRule
 from mbpa_lm.adaptation.selection import most_informative
 from mbpa_lm.config import AdaptationConfig
 from mbpa_lm.errors import AdaptationError
-from mbpa_lm.experts.base import Chunk
+from mbpa_lm.experts.base import Chunk, Expert
 from mbpa_lm.memory.base import Neighbours
 from mbpa_lm.models.base import OutputLayer
 
 
-class MbpaExpert:
+class MbpaExpert(Expert):
     """The base model with its output layer adapted to the neighbours of each position."""
 
     def __init__(
@@ -30,6 +30,7 @@ class MbpaExpert:
         self.name = "mbpa+persistent" if from_slow_weights else "mbpa"
         self.needs_slow_weights = from_slow_weights
         self.neighbours = max(neighbours, config.candidates) if config.selection == "informative" else neighbours
+        self.weight = 1.0 if from_slow_weights else config.weight
         self._used = neighbours
         self._layer = output_layer
         self._config = config

@@ -3,14 +3,13 @@
 from torch import Tensor
 
 from mbpa_lm.adaptation.problem import pick
-from mbpa_lm.experts.base import Chunk
+from mbpa_lm.experts.base import Chunk, Expert
 
 
-class PersistentExpert:
+class PersistentExpert(Expert):
     """The softmax of the slowly adapted layer."""
 
     name = "persistent"
-    neighbours = 0
     needs_slow_weights = True
 
     def log_probabilities(self, chunk: Chunk) -> Tensor:
@@ -20,6 +19,3 @@ class PersistentExpert:
     def target_log_probabilities(self, chunk: Chunk, targets: Tensor) -> Tensor:
         assert chunk.slow is not None
         return pick(chunk.slow.log_probabilities, targets)
-
-    def details(self) -> dict[str, float]:
-        return {}

@@ -71,10 +71,10 @@ def test_compiled_and_plain_steps_agree(monkeypatch: pytest.MonkeyPatch) -> None
     tensors = [torch.rand(6, 9, generator=generator, **DOUBLE) for _ in range(4)]
     rule = SlowRule(1, 0.2, 0.9, 0.1)
     compiled = [tensor.clone() for tensor in tensors]
-    slow_weights._pull(*compiled, rule, 0.7)
+    slow_weights.pull(*compiled, rule, 0.7)
     monkeypatch.setattr(slow_weights, "can_take", lambda tensor: False)
     plain = [tensor.clone() for tensor in tensors]
-    slow_weights._pull(*plain, rule, 0.7)
+    slow_weights.pull(*plain, rule, 0.7)
     assert not torch.equal(compiled[0], tensors[0])
     torch.testing.assert_close(plain[0], compiled[0], atol=1e-12, rtol=0)
 

@@ -1,0 +1,82 @@
+"""What experts need beside the model, made, or read where it is kept: memories, slow weights, a datastore, a learning model."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from mbpa_lm.adaptation.slow_weights import SlowRule, SlowWeights
+from mbpa_lm.checkpoint import Checkpoint
+from mbpa_lm.config import Config
+from mbpa_lm.data.corpora import Corpus, open_corpus
+from mbpa_lm.data.streams import open_stream
+from mbpa_lm.dynamic_evaluation import DynamicModel, DynamicRule
+from mbpa_lm.errors import CheckpointError
+from mbpa_lm.experts.base import Expert
+from mbpa_lm.experts.build import build_experts
+from mbpa_lm.gradient_scale import gradient_scale, model_gradient_scale
+from mbpa_lm.memory.history import StreamHistory
+from mbpa_lm.memory.training_store import TrainingStore, training_store
+from mbpa_lm.memory.window import WindowMemory
+from mbpa_lm.models.base import LanguageModel
+from mbpa_lm.progress import token_progress
+
+
+def own_corpus(config: Config, checkpoint: Checkpoint) -> Corpus:
+    """Open the text that the model was trained on."""
+    corpus = open_corpus(config.data)
+    if corpus.fingerprint("train") != checkpoint.corpus["train"]:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} was trained on another text ({checkpoint.corpus['name']}) than {corpus.name} "
+            f"is now; use the data it was trained with, train again, or score any text with --evaluation.text"
+        )
+    return corpus
+
+
+def training_tokens(config: Config, checkpoint: Checkpoint) -> np.ndarray:
+    corpus = own_corpus(config, checkpoint)  # without a second progress bar inside another
+    return open_stream(corpus, "train", checkpoint.tokenizer, Path(config.data.token_folder)).tokens
+
+
+def make_window(config: Config, model: LanguageModel, metric: Tensor | None) -> WindowMemory:
+    kept = min(config.memory.likely_words, model.vocabulary_size)
+    likely_words = kept if config.adaptation.solver == "restricted" else 0
+    weight = model.output_layer().weight
+    return WindowMemory(config.memory.size, model.hidden_size, likely_words, weight.dtype, weight.device, metric)
+
+
+def make_history(experts: Sequence[Expert], model: LanguageModel) -> StreamHistory | None:
+    size, weight = max(expert.window for expert in experts), model.output_layer().weight
+    return StreamHistory(size, model.hidden_size, weight.dtype, weight.device) if size else None
+
+
+def make_slow_weights(config: Config, checkpoint: Checkpoint) -> SlowWeights:
+    persistent = config.persistent
+    with token_progress("measuring gradients on the training text") as progress:
+        tokens = partial(training_tokens, config, checkpoint)
+        scale = gradient_scale(checkpoint.folder, checkpoint.model, tokens, persistent, progress)
+    layer = checkpoint.model.output_layer()
+    rule = SlowRule(persistent.interval, persistent.rate, persistent.decay, persistent.smoothing)
+    return SlowWeights(layer.weight, layer.bias, rule, scale)
+
+
+def make_experts(config: Config, checkpoint: Checkpoint) -> list[Expert]:
+    tokens = partial(training_tokens, config, checkpoint)
+
+    def store() -> TrainingStore:
+        knn = config.knn
+        with token_progress("storing the training text") as progress:
+            return training_store(checkpoint.folder, checkpoint.model, tokens, knn.entries, knn.cells_searched, progress)
+
+    def dynamic_model() -> DynamicModel:
+        dynamic = config.dynamic
+        rule = DynamicRule(dynamic.interval, dynamic.rate, dynamic.decay, dynamic.smoothing, dynamic.optimizer)
+        scale: dict[str, Tensor] = {}
+        if dynamic.optimizer == "rms":
+            with token_progress("measuring all gradients on the training text") as progress:
+                scale = model_gradient_scale(checkpoint.folder, checkpoint.model, tokens, dynamic, progress)
+        return DynamicModel(checkpoint.model, rule, scale)
+
+    return build_experts(config, checkpoint.model.output_layer(), store, dynamic_model)
