@@ -2,6 +2,7 @@
 
     python benchmarks/adaptation.py --output runs/adaptation.json             # V 10k, 33k, 267k; d 400, 1024; K 8, 32, 128
     python benchmarks/adaptation.py --quick --output runs/adaptation.json     # V 10k, 33k, 267k; d 400; K 32
+    python benchmarks/adaptation.py --growth --output runs/growth.json        # the restricted solver alone, over V, in turns
 
 Random layers and hidden states; neighbours are noisy copies of the query, their words drawn from the likeliest at the key.
 "base" is the log-softmax of the layer, as in any evaluation. "reference" is this project's definition; "peer" is the way of
@@ -30,6 +31,7 @@ from mbpa_lm.machine import describe_machine, keep_freed_memory, pick_device
 
 QUERIES, LIKELY, MOVED, ALPHA = 128, 96, 16, 0.02
 LARGEST_EXACT = 1 << 32
+VOCABULARIES = (10_000, 33_278, 267_735)
 COLUMNS = ("base", "base_floor", "restricted", "restricted_floor", "restricted_bytes", "dual", "reference", "peer")
 DEVICE = pick_device("auto")
 
@@ -127,20 +129,41 @@ def measure(V: int, d: int, K: int, T: int, rates: dict[str, float], problem: Pr
     return row | least_work(V, d, K, T, rates)
 
 
+def measure_growth(turns: int = 40) -> dict[str, float]:
+    """Microseconds a query of the restricted solver by vocabulary, d 400, K 32, T 10: one turn each, again and again."""
+    rule, problems = AdaptationRule(10, ALPHA), {V: make_problem(V, 400, 32) for V in VOCABULARIES}
+    times: dict[int, list[float]] = {V: [] for V in problems}
+    for _ in range(turns):
+        for V, problem in problems.items():
+            targets = problem.values_BK[:, 0]
+            start = time.perf_counter()
+            restricted.solve(problem, rule, targets, MOVED, float("inf"))
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            times[V].append(time.perf_counter() - start)
+    return {str(V): 1e6 / QUERIES * min(values) for V, values in times.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
+    parser.add_argument("--growth", action="store_true", help="only the restricted solver's time by vocabulary")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
     arguments = parser.parse_args()
     keep_freed_memory()
     widths, neighbours = ((400,), (32,)) if arguments.quick else ((400, 1024), (8, 32, 128))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.growth:
+        growth = measure_growth()
+        arguments.output.write_text(json.dumps({"machine": describe_machine(DEVICE), "microseconds": growth}, indent=1) + "\n")
+        Console().print(growth)
+        return
     rates = measure_rates()
     table = Table(title="microseconds a query (and bytes)")
     for name in ("V", "d", "K", "T", *COLUMNS):
         table.add_column(name.replace("_", " "), justify="right")
     rows = []
-    for d, V, K in itertools.product(widths, (10_000, 33_278, 267_735), neighbours):
+    for d, V, K in itertools.product(widths, VOCABULARIES, neighbours):
         problem = make_problem(V, d, K)
         for T in (1, 10):
             row = measure(V, d, K, T, rates, problem)

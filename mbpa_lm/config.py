@@ -305,8 +305,6 @@ class CacheConfig:
     """Sharpness of each: an entry counts exp(theta times the scalar product of its hidden state with the query)."""
     weights: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.1, 0.1])
     """Share of each where it predicts alone; the rest is the base model's."""
-    fitted: bool = True
-    """Whether what evaluate.py --tune fitted and kept with the checkpoint, where it did, replaces the values above."""
 
     def __post_init__(self) -> None:
         for name in ("thetas", "weights"):
@@ -337,8 +335,6 @@ class KnnConfig:
     """First training tokens that are stored, once a checkpoint; 0: all. They are kept with it."""
     cells_searched: int = 32
     """Cells of the inverted file that a query looks into; more is slower and finds more of the true neighbours."""
-    fitted: bool = True
-    """Whether what evaluate.py --tune fitted and kept with the checkpoint, where it did, replaces the values above."""
 
     def __post_init__(self) -> None:
         _require_positive("knn", self, "neighbours", "temperature", "cells_searched")

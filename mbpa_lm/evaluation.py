@@ -69,7 +69,7 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
         mixed = None
         if len(experts) > 1:
             rule = GateRule(config.gate.interval, config.gate.rate)
-            mixed = mixed_scores(scores, experts, rule, model.vocabulary_size, None)
+            mixed = mixed_scores(scores, experts, rule, model.vocabulary_size)
             scores.losses |= mixed.losses
             scores.seconds |= mixed.seconds
         metrics = _metrics(config, checkpoint, stream, scores, details)
@@ -174,6 +174,7 @@ def _gate_metrics(mixed: MixedScores, experts: Sequence[str]) -> dict[str, Any]:
     return {
         "weights": dict(zip(names, mixed.gate_weights.mean(axis=0).tolist(), strict=True)),
         "weights_along_stream": dict(zip(names, along.T.tolist(), strict=True)),
+        "best_fixed_weights_in_hindsight": {"nats_per_token": mixed.best_fixed, "perplexity": perplexity(mixed.best_fixed)},
         "without": {name: {"nats_per_token": loss, "perplexity": perplexity(loss)} for name, loss in mixed.without.items()},
     }
 

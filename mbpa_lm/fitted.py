@@ -13,7 +13,7 @@ from mbpa_lm.config import Config
 from mbpa_lm.errors import CheckpointError, MbpaError, RunFolderError, reason
 
 FILE = "adaptation.json"
-FORMAT = 2
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class FittedAdaptation:
     epsilon: float
     bandwidth: float
     reach: float
-    weight: float
     bias: bool
     metric: list[float]
     stream: str
@@ -48,7 +47,6 @@ class FittedAdaptation:
             bandwidth=self.bandwidth,
             weighting="within_reach",
             reach=self.reach,
-            weight=self.weight,
             bias=self.bias,
             optimizer="sgd",
             selection="nearest",

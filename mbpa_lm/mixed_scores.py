@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbpa_lm.experts.base import Expert
-from mbpa_lm.mixture import GateRule, OnlineGate, mix, with_uniform
+from mbpa_lm.mixture import GateRule, OnlineGate, best_weights, mix, with_uniform
 from mbpa_lm.scoring import StreamScores, shared_work
 
-GATE, EQUAL, TUNED = "gate", "equal weights", "tuned weights"
+GATE, EQUAL = "gate", "equal weights"
 ALL_CACHES = "all caches"
 
 
@@ -22,12 +22,11 @@ class MixedScores:
     seconds: dict[str, float]  # mixture -> time with everything that it needs
     gate_weights: np.ndarray  # (n, E + 1) of the experts in their order, and of the uniform distribution
     without: dict[str, float]  # left-out expert -> nats a token of the gate over the others
+    best_fixed: float  # nats a token of the fixed weights that are best in hindsight: no method, a mark to compare with
 
 
-def mixed_scores(
-    scores: StreamScores, experts: Sequence[Expert], rule: GateRule, vocabulary: int, tuned: dict[str, float] | None
-) -> MixedScores:
-    """Mix the experts of a pass; tuned are weights by expert's name, from another stream."""
+def mixed_scores(scores: StreamScores, experts: Sequence[Expert], rule: GateRule, vocabulary: int) -> MixedScores:
+    """Mix the experts of a pass."""
     names = [expert.name for expert in experts]
     components = np.stack([scores.components[name] for name in names], axis=1)
     with_uniform_too = with_uniform(components, vocabulary)
@@ -39,8 +38,6 @@ def mixed_scores(
     log_probabilities, weights = gate.score(with_uniform_too, scores.features)
     losses[GATE], seconds[GATE] = -log_probabilities, needed + time.perf_counter() - start
     losses[EQUAL] = -mix(components, np.full(len(names), 1 / len(names)))
-    if tuned is not None:
-        losses[TUNED] = -mix(components, np.array([tuned[name] for name in names]))
     seconds |= {name: needed for name in losses if name != GATE}
     groups = {name: [name] for name in names[1:]}
     caches = [name for name in names if name.startswith("cache-")]
@@ -51,4 +48,7 @@ def mixed_scores(
         kept = [index for index, name in enumerate([*names, None]) if name not in group]
         gate = OnlineGate(len(kept), scores.features.shape[1], rule)
         without[left_out] = -float(gate.score(with_uniform_too[:, kept], scores.features)[0].mean())
-    return MixedScores({name: values.astype(np.float32) for name, values in losses.items()}, seconds, weights, without)
+    best_fixed = -float(mix(with_uniform_too, best_weights(with_uniform_too)).mean())
+    return MixedScores(
+        {name: values.astype(np.float32) for name, values in losses.items()}, seconds, weights, without, best_fixed
+    )

@@ -1,4 +1,4 @@
-"""How experts become one distribution: fixed weights, weights tuned on validation text, and a gate that needs no tuning.
+"""How experts become one distribution: fixed weights, or a gate that needs no tuning.
 
 A linear mixture, sum_e w_e p_e, can raise a word from 1e-6 where another expert knows better. The weights of the gate are
 softmax-linear in features that are known before the word, w = softmax(A f + a), and A and a follow the stream: after every
@@ -38,7 +38,7 @@ def with_uniform(log_probabilities_nE: np.ndarray, vocabulary: int) -> np.ndarra
     return np.concatenate([log_probabilities_nE, uniform], axis=1)
 
 
-def tune_weights(log_probabilities_nE: np.ndarray, rounds: int = 200) -> np.ndarray:
+def best_weights(log_probabilities_nE: np.ndarray, rounds: int = 200) -> np.ndarray:
     """Return the weights (E,) under which the positions are most likely, by expectation maximization."""
     components = np.maximum(log_probabilities_nE.astype(np.float64), LOWEST)
     shares_nE = np.exp(components - components.max(axis=1, keepdims=True))

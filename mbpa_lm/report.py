@@ -108,3 +108,4 @@ def _print_gate(gate: Mapping[str, Any], whole: float) -> None:
         cells = [f"{without['perplexity']:.2f}", f"{without['perplexity'] / whole - 1:+.1%}"] if without else ["", ""]
         table.add_row(name, weight, *cells)
     console.print(table)
+    console.print(f"the best fixed weights, chosen in hindsight: {gate['best_fixed_weights_in_hindsight']['perplexity']:.2f}")

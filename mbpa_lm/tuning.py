@@ -42,12 +42,8 @@ EPOCHS, BATCH_SIZE, LEARNING_RATE = 5, 128, 0.05
 AT_ONCE = 256
 STEP_SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Of the grid, times 1 / the mean squared norm of the queries, summed over the steps: what a step of the bare key moves by."""
-WEIGHTS = (1.0, 0.5)
-"""Of the grid: the adapted prediction's share."""
 FAR, NEAR = 1e3, 3.0
 """Reach, in typical distances, of the grid, and of the start of the gradient descent."""
-MOSTLY = 2.0
-"""Logit of the largest share of the adapted prediction at the start."""
 HARDLY = 1e-3
 """Pull back to the trained weights at the start."""
 
@@ -63,7 +59,7 @@ def tune(config: Config, model: Model, stream: TokenStream) -> FittedAdaptation:
     cut = int(count * (1 - HELD_OUT))
     task = _Task(examples, config.memory.neighbours, typical_squared_distance(examples))
     fitting, held_out = torch.arange(cut), torch.arange(cut, count)
-    with ProgressBar(f"fitting on {stream.name}", len(STEP_SIZES) * len(WEIGHTS) * 4 + 2 * EPOCHS) as progress:
+    with ProgressBar(f"fitting on {stream.name}", len(STEP_SIZES) * 4 + 2 * EPOCHS) as progress:
         candidates = []
         for fit, is_gaussian in _grid(config, task):
             candidates.append((task.mean(fit, is_gaussian, fitting), fit, is_gaussian))
@@ -152,24 +148,23 @@ def _gather(config: Config, model: Model, stream: TokenStream) -> Examples:
 def _grid(config: Config, task: _Task) -> Iterator[tuple[Fit, bool]]:
     norm = float(task.examples.queries_Nd.square().sum(1).mean())
     many = max(config.adaptation.steps, 2)
-    for is_gaussian, steps, size, weight in itertools.product((False, True), (1, many), STEP_SIZES, WEIGHTS):
+    for is_gaussian, steps, size in itertools.product((False, True), (1, many), STEP_SIZES):
         width = 1.0 if is_gaussian else config.adaptation.epsilon / task.typical
-        yield _make_fit([8 * size / norm / steps] * steps, 0.0, width, FAR, weight, task), is_gaussian
+        yield _make_fit([8 * size / norm / steps] * steps, 0.0, width, FAR, task), is_gaussian
 
 
 def _configured(config: Config, task: _Task) -> Fit:
     adaptation = config.adaptation
     width = adaptation.epsilon if adaptation.kernel == "inverse_distance" else 2 * adaptation.bandwidth**2
     reach = adaptation.reach / task.typical**0.5 if adaptation.weighting == "within_reach" else FAR
-    return _make_fit(make_rule(adaptation).step_sizes(), adaptation.beta, width / task.typical, reach, adaptation.weight, task)
+    return _make_fit(make_rule(adaptation).step_sizes(), adaptation.beta, width / task.typical, reach, task)
 
 
-def _make_fit(steps: list[float], beta: float, width: float, reach: float, weight: float, task: _Task) -> Fit:
+def _make_fit(steps: list[float], beta: float, width: float, reach: float, task: _Task) -> Fit:
     log_metric_d = torch.zeros_like(task.examples.queries_Nd[0])
     device = log_metric_d.device
     steps_T, beta_, width_, reach_ = (torch.tensor(values, device=device) for values in (steps, beta, width, reach))
-    weight_logit = torch.logit(torch.tensor(weight, device=device), eps=1e-6)
-    return Fit(steps_T.log(), beta_.log(), width_.log(), reach_.log(), log_metric_d, weight_logit)
+    return Fit(steps_T.log(), beta_.log(), width_.log(), reach_.log(), log_metric_d)
 
 
 def _descend(
@@ -178,7 +173,6 @@ def _descend(
     """Return the fit after each epoch with its loss on the held-out examples."""
     tensors = {**vars(start), "log_reach": torch.full_like(start.log_reach, math.log(NEAR))}
     tensors["log_beta"] = torch.full_like(start.log_beta, math.log(HARDLY))
-    tensors["weight_logit"] = start.weight_logit.clamp(max=MOSTLY)
     found: list[tuple[float, Fit, bool]] = []
 
     def keep(epoch: int, fit: Fit) -> None:
@@ -209,7 +203,6 @@ def _fitted(
         epsilon=config.adaptation.epsilon if is_gaussian else width,
         bandwidth=(width / 2) ** 0.5 if is_gaussian else config.adaptation.bandwidth,
         reach=float(fit.log_reach.exp()) * typical**0.5,
-        weight=float(fit.weight_logit.sigmoid()),
         bias=config.adaptation.bias,
         metric=[float(number) for number in fit.log_metric_d.exp()],
         stream=stream,

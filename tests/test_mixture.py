@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mbpa_lm.mixture import LOWEST, GateRule, OnlineGate, mix, tune_weights, with_uniform
+from mbpa_lm.mixture import LOWEST, GateRule, OnlineGate, best_weights, mix, with_uniform
 
 RULE = GateRule(interval=10, rate=0.02)
 
@@ -50,7 +50,7 @@ def test_the_first_step_by_hand() -> None:
 def test_the_gate_learns_whom_to_trust_and_when() -> None:
     components, features = experts_and_features()
     alone = -components.mean(axis=0).max()
-    best_fixed = -mix(components, tune_weights(components)).mean()
+    best_fixed = -mix(components, best_weights(components)).mean()
     gate = -score(components, features)
     assert gate[-1000:].mean() < 0.7 * best_fixed < 0.5 * alone
     assert gate[-1000:].mean() < -math.log(0.4)
@@ -92,7 +92,7 @@ def test_an_impossible_word_leaves_the_gate_finite() -> None:
 def test_tuned_weights_are_the_likeliest() -> None:
     generator = np.random.default_rng(0)
     components = np.log(generator.uniform(0.01, 1, (400, 3)))
-    tuned = tune_weights(components, rounds=2000)
+    tuned = best_weights(components, rounds=2000)
     assert tuned.sum() == pytest.approx(1)
     best = mix(components, tuned).mean()
     for other in generator.dirichlet(np.ones(3), 300):

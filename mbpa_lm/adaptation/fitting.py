@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from mbpa_lm.adaptation.kernels import gaussian, inverse_distance, stretched_distances, within_reach
 from mbpa_lm.adaptation.moved_words import choose_moved_words
@@ -44,14 +43,13 @@ class Examples:
 
 @dataclass(frozen=True)
 class Fit:
-    """What is fitted; each number is kept positive through its logarithm, the share between 0 and 1 through its logit."""
+    """What is fitted; each number is kept positive through its logarithm."""
 
     log_steps_T: Tensor
     log_beta: Tensor
     log_width: Tensor  # epsilon or bandwidth^2, in squared typical distances
     log_reach: Tensor  # in typical distances
     log_metric_d: Tensor
-    weight_logit: Tensor  # of the adapted prediction's share, where the rest is the base model's
 
     def parameters(self) -> list[Tensor]:
         """Return all of them."""
@@ -94,7 +92,7 @@ def typical_squared_distance(examples: Examples) -> float:
 
 
 def losses(examples: Examples, fit: Fit, neighbours: int, typical: float, is_gaussian: bool) -> Tensor:
-    """Return minus the log-probability of each true word (B,), adapted and mixed with the base model's, differentiable."""
+    """Return minus the adapted log-probability of each true word (B,), differentiable in the fit."""
     distances_Bn = stretched_distances(examples.keys_Nnd, examples.queries_Nd, fit.log_metric_d.exp())
     distances_Bn = distances_Bn.masked_fill(examples.absent_Nn, torch.inf)
     columns = distances_Bn.detach().topk(min(neighbours, distances_Bn.shape[1]), largest=False).indices  # (B, K)
@@ -117,9 +115,7 @@ def losses(examples: Examples, fit: Fit, neighbours: int, typical: float, is_gau
     towards_BK = examples.towards_Nn.gather(1, columns)
     shifts_BS = shift_at(towards_BK, weights_BK, examples.own_Nn.gather(1, columns), steps, moved)
     logits_BS1 = examples.log_probabilities_NS1 + torch.nn.functional.pad(shifts_BS, (0, 1))
-    adapted_B = torch.log_softmax(logits_BS1, dim=1).gather(1, examples.target_N[:, None])[:, 0]
-    base_B = examples.log_probabilities_NS1.gather(1, examples.target_N[:, None])[:, 0]
-    return -torch.logaddexp(adapted_B + logsigmoid(fit.weight_logit), base_B + logsigmoid(-fit.weight_logit))
+    return -torch.log_softmax(logits_BS1, dim=1).gather(1, examples.target_N[:, None])[:, 0]
 
 
 def fit_by_gradient_descent(
