@@ -197,6 +197,11 @@ def test_experts_are_named_between_commas_and_a_misspelt_one_is_named(
 ) -> None:
     some = ["--checkpoint", str(trained_run), "--evaluation.max_tokens", "50", "--experts"]
     assert commands.evaluate(options(tmp_path, *some, "persistent, base")) == 0
-    assert list(json.loads((tmp_path / "metrics.json").read_text())["experts"]) == ["base", "persistent"]
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["experts"]) == [
+        "base",
+        "persistent",
+        "gate",
+        "equal weights",
+    ]
     assert commands.evaluate(options(tmp_path, *some, "base,mpba")) == 2
     assert capsys.readouterr().err == "error: evaluation.experts names 'mpba'; did you mean mbpa?\n"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from mbpa_lm import commands
-from mbpa_lm.config import EXPERTS, AdaptationConfig
+from mbpa_lm.config import AdaptationConfig
 from mbpa_lm.progress import console
 
 Options = Callable[..., list[str]]
+
+
+NAMES = ["base", "mbpa", "persistent", "mbpa+persistent", "cache-100", "cache-500", "cache-5000", "cache-all"]
+"""Of the experts that are run where nothing else is said."""
 
 
 def evaluate(options: Options, trained_run: Path, run: Path, *more: str) -> dict:
@@ -27,7 +32,7 @@ def test_metrics_say_all_of_it(
 ) -> None:
     monkeypatch.setattr(console, "width", 160)
     metrics = evaluate(options, trained_run, tmp_path)
-    assert list(metrics["experts"]) == list(EXPERTS)
+    assert list(metrics["experts"]) == [*NAMES, "gate", "equal weights"]
     for values in metrics["experts"].values():
         assert values["tokens"] == metrics["stream"]["scored"] == metrics["stream"]["tokens"] - 1
         assert values["perplexity"] == pytest.approx(math.exp(values["nats_per_token"]))
@@ -56,8 +61,37 @@ def test_metrics_say_all_of_it(
         "seen before in the stream",
         "peak memory",
         "metrics.json",
+        "without it",
+        "all caches",
+        "chosen in hindsight",
     ):
         assert text in shown
+
+
+def test_the_gate_is_told_of_in_full(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    metrics = evaluate(options, trained_run, tmp_path)
+    experts, gate = metrics["experts"], metrics["gate"]
+    assert list(gate["weights"]) == [*NAMES, "uniform"]
+    assert sum(gate["weights"].values()) == pytest.approx(1)
+    along = np.array(list(gate["weights_along_stream"].values()))
+    np.testing.assert_allclose(along.sum(axis=0), 1)
+    assert list(gate["without"]) == [*NAMES[1:], "all caches"]
+    assert gate["best_fixed_weights_in_hindsight"]["perplexity"] < experts["equal weights"]["perplexity"]
+    assert experts["gate"]["perplexity"] < experts["base"]["perplexity"]
+    assert experts["gate"]["seconds"] > max(experts[name]["seconds"] for name in NAMES)
+
+
+def test_every_expert_can_be_asked_for(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(trained_run, checkpoint)
+    few = ("--experts", "knn,dynamic", "--knn.neighbours", "8", "--evaluation.max_tokens", "300")
+    experts = evaluate(options, checkpoint, tmp_path / "run", *few)["experts"]
+    assert list(experts) == ["base", "knn", "dynamic", "gate", "equal weights"]
+    assert experts["dynamic"]["perplexity"] != experts["base"]["perplexity"]
+    again = evaluate(options, checkpoint, tmp_path / "again", *few)["experts"]  # what was measured on the training text is kept
+    assert {name: values["perplexity"] for name, values in again.items()} == {
+        name: values["perplexity"] for name, values in experts.items()
+    }
 
 
 def test_tables_fit_a_terminal_of_80_columns(
@@ -73,7 +107,7 @@ def test_a_run_gives_the_same_losses_again_and_in_any_chunks(options: Options, t
     for name, chunk in (("a", "100"), ("b", "100"), ("c", "7")):
         evaluate(options, trained_run, tmp_path / name, "--evaluation.chunk_length", chunk)
         losses.append(load_file(tmp_path / name / "losses.safetensors"))
-    for expert in EXPERTS:
+    for expert in NAMES:
         assert (losses[0][expert] == losses[1][expert]).all()
         np.testing.assert_allclose(losses[0][expert], losses[2][expert], atol=1e-4)
 
