@@ -77,8 +77,8 @@ class DynamicModel:
         found = []
         begin = 0
         while begin < len(inputs_n):
-            piece = slice(begin, min(len(inputs_n), begin + self.positions_to_next_step()))
-            before = sum(len(inputs) for inputs, _ in self._seen)
+            left = self.positions_to_next_step()
+            piece, before = slice(begin, min(len(inputs_n), begin + left)), self._rule.interval - left
             self._seen.append((inputs_n[piece], targets_n[piece]))
             inputs, targets = (torch.cat(column) for column in zip(*self._seen, strict=True))
             complete = len(inputs) == self._rule.interval

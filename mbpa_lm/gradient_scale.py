@@ -39,13 +39,11 @@ def gradient_scale(
     layer = model.output_layer()
     shapes = {"weight": layer.weight.shape} if layer.bias is None else {"weight": layer.weight.shape, "bias": layer.bias.shape}
 
-    def measure() -> dict[str, Tensor]:
-        tokens = _enough(training_tokens(), config.statistics_tokens, config.interval, "persistent.interval")
+    def measure(tokens: np.ndarray) -> dict[str, Tensor]:
         scale = _measure_layer(model, tokens, config.interval, on_progress)
         return {"weight": scale.weight_Vd} if scale.bias_V is None else {"weight": scale.weight_Vd, "bias": scale.bias_V}
 
-    settings = {"interval": config.interval, "tokens": config.statistics_tokens}
-    kept = _kept(checkpoint_folder / LAYER_FILE, settings, shapes, layer.weight.device, measure)
+    kept = _kept(checkpoint_folder / LAYER_FILE, "persistent", config, shapes, layer.weight.device, training_tokens, measure)
     return GradientScale(kept["weight"], kept.get("bias"))
 
 
@@ -59,19 +57,11 @@ def model_gradient_scale(
     """Return the scale of every parameter of the model, by name; otherwise like `gradient_scale`."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    def measure() -> dict[str, Tensor]:
-        tokens = _enough(training_tokens(), config.statistics_tokens, config.interval, "dynamic.interval")
+    def measure(tokens: np.ndarray) -> dict[str, Tensor]:
         return _measure_model(model, tokens, config.interval, on_progress)
 
-    settings = {"interval": config.interval, "tokens": config.statistics_tokens}
     device = model.output_layer().weight.device
-    return _kept(checkpoint_folder / MODEL_FILE, settings, shapes, device, measure)
-
-
-def _enough(tokens: np.ndarray, wanted: int, interval: int, option: str) -> np.ndarray:
-    if len(tokens) <= interval:
-        raise DataError(f"the training text has {len(tokens)} tokens, {option} is {interval}; make it smaller")
-    return tokens[: wanted + 1]
+    return _kept(checkpoint_folder / MODEL_FILE, "dynamic", config, shapes, device, training_tokens, measure)
 
 
 def _pieces(
@@ -115,17 +105,24 @@ def _measure_model(model: Model, tokens: np.ndarray, interval: int, on_progress:
 
 def _kept(
     path: Path,
-    settings: dict[str, int],
+    section: str,
+    config: PersistentConfig | DynamicConfig,
     shapes: dict[str, torch.Size],
     device: torch.device,
-    measure: Callable[[], dict[str, Tensor]],
+    training_tokens: Callable[[], np.ndarray],
+    measure: Callable[[np.ndarray], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """Read tensors of the given shapes that were measured with the same settings, or measure and keep them."""
-    wanted = json.dumps(settings)
-    kept = _read(path, wanted, device)
+    settings = json.dumps({"interval": config.interval, "tokens": config.statistics_tokens})
+    kept = _read(path, settings, device)
     if {name: tensor.shape for name, tensor in kept.items()} != shapes:
-        kept = measure()
-        _write(path, wanted, kept)
+        tokens = training_tokens()
+        if len(tokens) <= config.interval:
+            raise DataError(
+                f"the training text has {len(tokens)} tokens, {section}.interval is {config.interval}; make it smaller"
+            )
+        kept = measure(tokens[: config.statistics_tokens + 1])
+        _write(path, settings, kept)
     return kept
 
 

@@ -36,11 +36,13 @@ def own_corpus(config: Config, checkpoint: Checkpoint) -> Corpus:
 
 
 def training_tokens(config: Config, checkpoint: Checkpoint) -> np.ndarray:
+    """Return the text that the model was trained on, as the checkpoint's tokenizer reads it."""
     corpus = own_corpus(config, checkpoint)  # without a second progress bar inside another
     return open_stream(corpus, "train", checkpoint.tokenizer, Path(config.data.token_folder)).tokens
 
 
 def make_window(config: Config, model: LanguageModel, metric: Tensor | None) -> WindowMemory:
+    """Return an empty memory of the configured size; entries keep likely words where the solver needs them."""
     kept = min(config.memory.likely_words, model.vocabulary_size)
     likely_words = kept if config.adaptation.solver == "restricted" else 0
     weight = model.output_layer().weight
@@ -48,11 +50,13 @@ def make_window(config: Config, model: LanguageModel, metric: Tensor | None) -> 
 
 
 def make_history(experts: Sequence[Expert], model: LanguageModel) -> StreamHistory | None:
+    """Return an empty history as long as the experts ask for, None where none does."""
     size, weight = max(expert.window for expert in experts), model.output_layer().weight
     return StreamHistory(size, model.hidden_size, weight.dtype, weight.device) if size else None
 
 
 def make_slow_weights(config: Config, checkpoint: Checkpoint) -> SlowWeights:
+    """Return the trained output layer, ready to follow a stream; gradients are measured where they are not kept."""
     persistent = config.persistent
     with token_progress("measuring gradients on the training text") as progress:
         tokens = partial(training_tokens, config, checkpoint)
@@ -63,6 +67,7 @@ def make_slow_weights(config: Config, checkpoint: Checkpoint) -> SlowWeights:
 
 
 def make_experts(config: Config, checkpoint: Checkpoint) -> list[Expert]:
+    """Return the configured experts; a datastore and gradients are made from the training text where they are not kept."""
     tokens = partial(training_tokens, config, checkpoint)
 
     def store() -> TrainingStore:

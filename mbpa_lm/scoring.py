@@ -31,7 +31,7 @@ class StreamScores:
 
     losses: dict[str, np.ndarray]  # expert -> (n - 1,) float32 nats, minus the log-probability of each token
     components: dict[str, np.ndarray]  # expert -> (n - 1,) float32, its own log-probability, without the base model's share
-    features: np.ndarray  # (n - 1, F) float32, what a gate may know before the token: features.FEATURES
+    features: np.ndarray  # (n - 1, F) float32, what a gate may know before the token (features.FEATURES); 0 of a single expert
     seconds: dict[str, float] = field(default_factory=dict)  # expert -> time that it needs when run alone
     part_seconds: dict[str, float] = field(default_factory=dict)  # part of the pass -> its time: see `shared_work`
 
@@ -89,8 +89,9 @@ def score_stream(
         if slow_weights is not None:
             from_slow_weights = [expert for expert in experts if expert.needs_slow_weights]
             _score_from_slow_weights(from_slow_weights, slow_weights, chunk, targets_C, scores, begin, clock)
-        with clock.measure("features"):
-            scores.features[begin:end] = features(chunk, begin).float().cpu().numpy()
+        if len(experts) > 1:
+            with clock.measure("features"):
+                scores.features[begin:end] = features(chunk, begin).float().cpu().numpy()
         scores.part_seconds |= clock.seconds
         for expert in experts:
             scores.seconds[expert.name] = sum(clock.seconds[part] for part in [*shared_work(expert), expert.name])
