@@ -368,14 +368,15 @@ class DynamicConfig:
 class GateConfig:
     """How the gate over all experts learns from the stream; it needs no tuning."""
 
-    interval: int = 10
-    """Tokens between its steps."""
-    rate: float = 0.01
-    """Size of a step (Adam)."""
+    rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
+    """Sizes of a step (Adam), one gate each; they are mixed by how well each has predicted so far."""
+    shared: float = 0.01
+    """Share of the trust in each that is given back to all at every token, so that another may take over later."""
 
     def __post_init__(self) -> None:
-        _require_positive("gate", self, "interval")
-        _require_not_negative("gate", self, "rate")
+        _require("gate.rates", self.rates, len(self.rates) > 0, "at least one number")
+        _require("gate.rates", self.rates, all(rate >= 0 for rate in self.rates), "numbers of 0 or more")
+        _require_probability("gate", self, "shared")
 
 
 EXPERTS = ("base", "mbpa", "persistent", "mbpa+persistent", "cache", "knn", "dynamic")

@@ -18,10 +18,10 @@ from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
 from mbpa_lm.fitted import load_fitted, save_fitted
+from mbpa_lm.gate import GateRule
 from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes, pick_device
 from mbpa_lm.metrics import SEGMENTS, Targets, perplexity, summarize
-from mbpa_lm.mixed_scores import MixedScores, mixed_scores
-from mbpa_lm.mixture import GateRule
+from mbpa_lm.mixed_scores import UNIFORM, MixedScores, mixed_scores
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.report import print_fitted, print_tables, write_results
 from mbpa_lm.resources import make_experts, make_history, make_slow_weights, make_window, own_corpus
@@ -68,8 +68,8 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
         details = {expert.name: expert.details() for expert in experts}
         mixed = None
         if len(experts) > 1:
-            rule = GateRule(config.gate.interval, config.gate.rate)
-            mixed = mixed_scores(scores, experts, rule, model.vocabulary_size)
+            rule = GateRule(tuple(config.gate.rates), config.gate.shared)
+            mixed = mixed_scores(scores, experts, rule, model.vocabulary_size, config.run.seed)
             scores.losses |= mixed.losses
             scores.seconds |= mixed.seconds
         metrics = _metrics(config, checkpoint, stream, scores, details)
@@ -169,12 +169,13 @@ def _metrics(
 
 def _gate_metrics(mixed: MixedScores, experts: Sequence[str]) -> dict[str, Any]:
     """Return the gate's mean weights, and along the stream, and what it would be without each expert."""
-    names = [*experts, "uniform"]
+    names = [*experts, UNIFORM]
     along = np.stack([part.mean(axis=0) for part in np.array_split(mixed.gate_weights, SEGMENTS) if len(part)])
     return {
         "weights": dict(zip(names, mixed.gate_weights.mean(axis=0).tolist(), strict=True)),
         "weights_along_stream": dict(zip(names, along.T.tolist(), strict=True)),
         "best_fixed_weights_in_hindsight": {"nats_per_token": mixed.best_fixed, "perplexity": perplexity(mixed.best_fixed)},
+        "with_a_noise_expert": {"nats_per_token": mixed.with_noise, "perplexity": perplexity(mixed.with_noise)},
         "without": {name: {"nats_per_token": loss, "perplexity": perplexity(loss)} for name, loss in mixed.without.items()},
     }
 

@@ -1,16 +1,19 @@
 """The mixtures of all experts that were run on a stream, and what each expert is worth to the gate."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mbpa_lm.experts.base import Expert
-from mbpa_lm.mixture import GateRule, OnlineGate, best_weights, mix, with_uniform
+from mbpa_lm.gate import GateRule, OnlineGate
+from mbpa_lm.mixture import best_weights, mix, with_uniform
 from mbpa_lm.scoring import StreamScores, shared_work
 
-GATE, EQUAL = "gate", "equal weights"
+GATE, TUNED, EQUAL = "gate", "tuned weights", "equal weights"
+UNIFORM = "uniform"
 ALL_CACHES = "all caches"
 
 
@@ -22,22 +25,34 @@ class MixedScores:
     seconds: dict[str, float]  # mixture -> time with everything that it needs
     gate_weights: np.ndarray  # (n, E + 1) of the experts in their order, and of the uniform distribution
     without: dict[str, float]  # left-out expert -> nats a token of the gate over the others
+    with_noise: float  # nats a token of the gate with one more expert, whose distributions are drawn at random
     best_fixed: float  # nats a token of the fixed weights that are best in hindsight: no method, a mark to compare with
 
 
-def mixed_scores(scores: StreamScores, experts: Sequence[Expert], rule: GateRule, vocabulary: int) -> MixedScores:
-    """Mix the experts of a pass."""
+def mixed_scores(
+    scores: StreamScores,
+    experts: Sequence[Expert],
+    rule: GateRule,
+    vocabulary: int,
+    seed: int,
+    tuned: Mapping[str, float] | None = None,
+) -> MixedScores:
+    """Mix the experts of a pass.
+
+    Args: tuned has the weight of each expert, and of the uniform distribution, that were best on another text; without them
+    there is no such mixture.
+    """
     names = [expert.name for expert in experts]
-    components = np.stack([scores.components[name] for name in names], axis=1)
-    with_uniform_too = with_uniform(components, vocabulary)
-    parts = {part for expert in experts for part in [*shared_work(expert), expert.name, "features"]}
+    components = with_uniform(np.stack([scores.components[name] for name in names], axis=1), vocabulary)
+    parts = {part for expert in experts for part in [*shared_work(expert), expert.name]}
     needed = sum(scores.part_seconds[part] for part in parts)
-    losses, seconds = {}, {}
     start = time.perf_counter()
-    gate = OnlineGate(with_uniform_too.shape[1], scores.features.shape[1], rule)
-    log_probabilities, weights = gate.score(with_uniform_too, scores.features)
-    losses[GATE], seconds[GATE] = -log_probabilities, needed + time.perf_counter() - start
-    losses[EQUAL] = -mix(components, np.full(len(names), 1 / len(names)))
+    gated, weights = _gate(components, scores.features, rule)
+    losses = {GATE: -gated}
+    seconds = {GATE: needed + scores.part_seconds["features"] + time.perf_counter() - start}
+    if tuned is not None:
+        losses[TUNED] = -mix(components, np.array([tuned[name] for name in [*names, UNIFORM]]))
+    losses[EQUAL] = -mix(components[:, :-1], np.full(len(names), 1 / len(names)))
     seconds |= {name: needed for name in losses if name != GATE}
     groups = {name: [name] for name in names[1:]}
     caches = [name for name in names if name.startswith("cache-")]
@@ -45,10 +60,26 @@ def mixed_scores(scores: StreamScores, experts: Sequence[Expert], rule: GateRule
         groups[ALL_CACHES] = caches
     without = {}
     for left_out, group in groups.items():
-        kept = [index for index, name in enumerate([*names, None]) if name not in group]
-        gate = OnlineGate(len(kept), scores.features.shape[1], rule)
-        without[left_out] = -float(gate.score(with_uniform_too[:, kept], scores.features)[0].mean())
-    best_fixed = -float(mix(with_uniform_too, best_weights(with_uniform_too)).mean())
+        kept = [index for index, name in enumerate([*names, UNIFORM]) if name not in group]
+        without[left_out] = -float(_gate(components[:, kept], scores.features, rule)[0].mean())
+    noisy = np.column_stack([components, _noise(len(components), vocabulary, seed)])
     return MixedScores(
-        {name: values.astype(np.float32) for name, values in losses.items()}, seconds, weights, without, best_fixed
+        losses={name: values.astype(np.float32) for name, values in losses.items()},
+        seconds=seconds,
+        gate_weights=weights,
+        without=without,
+        with_noise=-float(_gate(noisy, scores.features, rule)[0].mean()),
+        best_fixed=-float(mix(components, best_weights(components)).mean()),
     )
+
+
+def _gate(components: np.ndarray, features: np.ndarray, rule: GateRule) -> tuple[np.ndarray, np.ndarray]:
+    return OnlineGate(components.shape[1], features.shape[1], rule).score(components, features)
+
+
+def _noise(positions: int, vocabulary: int, seed: int) -> np.ndarray:
+    """Return what experts give any word (n,) whose distributions are drawn anew, all equally likely, at each position."""
+    # In such a distribution a word's share of the whole is an exponential variable over the sum of `vocabulary` of them.
+    draws = np.random.default_rng(seed).exponential(size=positions)
+    log_shares: np.ndarray = np.log(np.maximum(draws, 1e-12)) - math.log(vocabulary)
+    return log_shares

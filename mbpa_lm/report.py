@@ -108,4 +108,6 @@ def _print_gate(gate: Mapping[str, Any], whole: float) -> None:
         cells = [f"{without['perplexity']:.2f}", f"{without['perplexity'] / whole - 1:+.1%}"] if without else ["", ""]
         table.add_row(name, weight, *cells)
     console.print(table)
+    noisy = gate["with_a_noise_expert"]["perplexity"]
+    console.print(f"with one more expert that predicts noise: {noisy:.2f} ({noisy / whole - 1:+.2%})")
     console.print(f"the best fixed weights, chosen in hindsight: {gate['best_fixed_weights_in_hindsight']['perplexity']:.2f}")

@@ -19,7 +19,7 @@ from mbpa_lm.adaptation.likely_words import likely_words
 from mbpa_lm.adaptation.problem import pick
 from mbpa_lm.adaptation.slow_weights import SlowWeights
 from mbpa_lm.experts.base import Chunk, Expert, SlowSoftmax
-from mbpa_lm.features import FEATURES, features
+from mbpa_lm.features import FEATURES, features, principal_directions
 from mbpa_lm.memory.base import Entries, Memory, Neighbours
 from mbpa_lm.memory.history import StreamHistory, Stretch
 from mbpa_lm.models.base import LanguageModel, State
@@ -58,6 +58,7 @@ def score_stream(
     losses, components = ({expert.name: np.empty(count, dtype=np.float32) for expert in experts} for _ in range(2))
     scores = StreamScores(losses, components, np.zeros((count, len(FEATURES)), dtype=np.float32))
     neighbours = max(expert.neighbours for expert in experts)
+    directions = principal_directions(model.output_layer().weight)
     clock = _Clock(device)
     state: State | None = None
     for begin in range(0, count, chunk_length):
@@ -91,7 +92,7 @@ def score_stream(
             _score_from_slow_weights(from_slow_weights, slow_weights, chunk, targets_C, scores, begin, clock)
         if len(experts) > 1:
             with clock.measure("features"):
-                scores.features[begin:end] = features(chunk, begin).float().cpu().numpy()
+                scores.features[begin:end] = features(chunk, begin, directions).float().cpu().numpy()
         scores.part_seconds |= clock.seconds
         for expert in experts:
             scores.seconds[expert.name] = sum(clock.seconds[part] for part in [*shared_work(expert), expert.name])
