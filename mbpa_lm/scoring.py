@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mbpa_lm.adaptation.likely_words import likely_words
-from mbpa_lm.adaptation.problem import pick
+from mbpa_lm.adaptation.problem import normalize, pick
 from mbpa_lm.adaptation.slow_weights import SlowWeights
 from mbpa_lm.experts.base import Chunk, Expert, SlowSoftmax
 from mbpa_lm.features import FEATURES, features, principal_directions
@@ -70,8 +70,7 @@ def score_stream(
             state = output.state
             hidden_states_Cd = output.hidden_states[0]
             logits_CV = model.output_layer().logits(hidden_states_Cd)
-            log_partitions_C = logits_CV.logsumexp(dim=-1)
-            base_CV = logits_CV - log_partitions_C[:, None]
+            base_CV, log_partitions_C = normalize(logits_CV)
         found: Neighbours | None = None
         if neighbours:
             with clock.measure("memory"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from mbpa_lm.adaptation.problem import BaseSoftmax, Problem, TrainedSoftmax, at_least_single
 from mbpa_lm.adaptation.products import products_with_rows
 from mbpa_lm.adaptation.words import MergedWords, merge_words
+from mbpa_lm.largest import largest
 
 CHANGED_WORDS = 64
 """Words moved because slow adaptation has changed them most; their change at a key cannot be known from the trained layer."""
@@ -52,8 +53,8 @@ def _always_moved(values_BK: Tensor, base: BaseSoftmax) -> Tensor:
     if base.trained is None:
         return values_BK
     change_BV = (base.log_probabilities_BV.exp() - base.trained.log_probabilities_BV.exp()).abs_()
-    changed = change_BV.topk(min(CHANGED_WORDS, change_BV.shape[1]), sorted=False)
-    return torch.cat([values_BK, changed.indices], dim=1)
+    changed_BX, _ = largest(change_BV, min(CHANGED_WORDS, change_BV.shape[1]))
+    return torch.cat([values_BK, changed_BX.long()], dim=1)
 
 
 def _base_logits(problem: Problem, base: BaseSoftmax, moved_BS: Tensor, filled_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,12 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def normalize(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities (B, V) and the log-partitions (B,)."""
+    log_probabilities_BV = torch.log_softmax(logits_BV, dim=-1)  # in one pass, which logsumexp is not
+    return log_probabilities_BV, logits_BV.amax(dim=-1) - log_probabilities_BV.amax(dim=-1)
+
+
 def pick(log_probabilities_BV: Tensor, targets_B: Tensor | None) -> Tensor:
     """Return the targets' log-probabilities (B,), or the distributions (B, V) as they are where there are no targets."""
     return log_probabilities_BV if targets_B is None else log_probabilities_BV.gather(1, targets_B[:, None])[:, 0]

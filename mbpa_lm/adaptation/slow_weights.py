@@ -20,9 +20,12 @@ from numba import prange
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mbpa_lm.adaptation.problem import at_least_single, pick
+from mbpa_lm.adaptation.problem import at_least_single, normalize, pick
 from mbpa_lm.compiled import can_take, compiled_loop
 from mbpa_lm.errors import AdaptationError
+
+ROWS_AT_ONCE = 2048
+"""Words whose gradients are used while they are still in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,11 @@ class SlowWeights:
 
     def log_probabilities(self, hidden_states_nd: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's log-probabilities (n, V) and log-partitions (n,)."""
-        logits_nV = linear(at_least_single(hidden_states_nd), self.weight_Vd, self.bias_V)
-        log_partitions_n = logits_nV.logsumexp(dim=-1)
-        return logits_nV.sub_(log_partitions_n[:, None]), log_partitions_n
+        # For few rows this order of the factors is twice as fast on a CPU.
+        logits_nV = (self.weight_Vd @ at_least_single(hidden_states_nd).T).T.contiguous()
+        if self.bias_V is not None:
+            logits_nV += self.bias_V
+        return normalize(logits_nV)
 
     def learn(self, hidden_states_nd: Tensor, log_probabilities_nV: Tensor, targets_n: Tensor) -> None:
         """Take note of at most `positions_to_next_step` positions, and step where they complete an interval.
@@ -113,8 +118,11 @@ class SlowWeights:
     def _step(self) -> None:
         hidden_states_nd, gradients_nV = (torch.cat(column) for column in zip(*self._seen, strict=True))
         share = 1 / (self._mean * self._rule.interval)
-        gradient_Vd = torch.mm(gradients_nV.T, hidden_states_nd)
-        pull(self.weight_Vd, self._trained_Vd, gradient_Vd, self._scale_Vd, self._rule, share)
+        gradient_nd = torch.empty_like(self.weight_Vd[:ROWS_AT_ONCE])
+        for begin in range(0, len(self.weight_Vd), ROWS_AT_ONCE):
+            rows = slice(begin, min(begin + ROWS_AT_ONCE, len(self.weight_Vd)))
+            gradient = torch.mm(gradients_nV[:, rows].T, hidden_states_nd, out=gradient_nd[: rows.stop - begin])
+            pull(self.weight_Vd[rows], self._trained_Vd[rows], gradient, self._scale_Vd[rows], self._rule, share)
         if self.bias_V is not None and self._trained_V is not None and self._scale_V is not None:
             pull(self.bias_V, self._trained_V, gradients_nV.sum(0), self._scale_V, self._rule, share)
         self._seen, self._positions = [], 0
