@@ -44,7 +44,9 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(arguments: Sequence[str]) -> None:
     parser = make_parser("evaluate.py", "Score a held-out text with a trained model, with and without its memory.")
     parser.add_argument("--checkpoint", type=str, help="Run folder or checkpoint folder that train.py wrote (required).")
-    parser.add_argument("--tune", action="store_true", help="Fit the adaptation on the validation text first, and keep it.")
+    parser.add_argument(
+        "--tune", action="store_true", help="Tune the experts on the validation text first, and keep what is best."
+    )
     parser.add_argument("--experts", type=str, help="The same as evaluation.experts, as names between commas.")
     config, options = parse(parser, arguments)
     if options["experts"]:

@@ -253,9 +253,7 @@ class AdaptationConfig:
     bias: bool = True
     """Whether the output layer's bias is adapted beside its weight."""
     weight: float = 1.0
-    """Share of the adapted prediction where it is reported alone; the rest is the base model's."""
-    fitted: bool = True
-    """Whether what evaluate.py --tune fitted and kept with the checkpoint, where it did, replaces the values above."""
+    """Share of the adapted prediction where it is reported alone; the rest is that of the weights that the steps start from."""
 
     def __post_init__(self) -> None:
         _require("adaptation.weight", self.weight, 0 < self.weight <= 1, "greater than 0 and at most 1")
@@ -299,11 +297,11 @@ class PersistentConfig:
 class CacheConfig:
     """Continuous caches over windows of the stream (Grave et al. 2017), one expert each."""
 
-    windows: list[int] = field(default_factory=lambda: [100, 500, 5000, 0])
+    windows: list[int] = field(default_factory=lambda: [100, 500, 5000])
     """Most recent entries that each cache sees; 0: the whole stream (the unbounded cache)."""
-    thetas: list[float] = field(default_factory=lambda: [0.3, 0.3, 0.3, 0.3])
+    thetas: list[float] = field(default_factory=lambda: [0.3, 0.3, 0.3])
     """Sharpness of each: an entry counts exp(theta times the scalar product of its hidden state with the query)."""
-    weights: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.1, 0.1])
+    weights: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.1])
     """Share of each where it predicts alone; the rest is the base model's."""
 
     def __post_init__(self) -> None:
@@ -399,6 +397,8 @@ class EvaluationConfig:
     """Tokens processed at once; it changes speed and memory, never a result beyond rounding."""
     max_tokens: int = 0
     """Score only so many first tokens of the stream; 0: all."""
+    tuned: bool = True
+    """Whether what evaluate.py --tune found and kept with the checkpoint, where it did, replaces the configured settings."""
 
     def __post_init__(self) -> None:
         _require_positive("evaluation", self, "chunk_length")

@@ -17,23 +17,23 @@ from mbpa_lm.config import Config
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
-from mbpa_lm.fitted import load_fitted, save_fitted
 from mbpa_lm.gate import GateRule
 from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes, pick_device
 from mbpa_lm.metrics import SEGMENTS, Targets, perplexity, summarize
 from mbpa_lm.mixed_scores import UNIFORM, MixedScores, mixed_scores
 from mbpa_lm.progress import ProgressBar, console, token_progress
-from mbpa_lm.report import print_fitted, print_tables, write_results
+from mbpa_lm.report import print_tables, print_tuned, write_results
 from mbpa_lm.resources import make_experts, make_history, make_slow_weights, make_window, own_corpus
 from mbpa_lm.scoring import StreamScores, score_stream
 from mbpa_lm.tracking import RunLog
-from mbpa_lm.tuning import tune
+from mbpa_lm.tuned import Tuned, load_tuned, save_tuned
+from mbpa_lm.tuning.everything import tune
 
 
 def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) -> dict[str, Any]:
     """Score a stream with every configured expert; write and return the metrics.
 
-    With `tune_first`, the adaptation is fitted on the validation text and kept with the checkpoint before. Raises
+    With `tune_first`, the experts are tuned on the validation text before, and what is best is kept with the checkpoint. Raises
     CheckpointError where the checkpoint is not of the configured model, tokenizer or text, and DataError where the text
     cannot be read.
     """
@@ -44,13 +44,14 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
     model = checkpoint.model.to(pick_device(config.run.device)).eval()
     if tune_first:
         _tune(config, checkpoint)
-    fitted = load_fitted(checkpoint.folder, model.hidden_size) if config.adaptation.fitted else None
-    if fitted is not None:
-        config = fitted.apply(config)
-        console.print(f"the adaptation is as fitted on {fitted.stream}; --adaptation.fitted false takes the configured one")
+    tuned = load_tuned(checkpoint.folder, model.hidden_size) if config.evaluation.tuned else None
+    if tuned is not None:
+        config = tuned.apply(config)
+        sections = ", ".join(tuned.settings)
+        console.print(f"as tuned on {tuned.stream}: {sections}; --evaluation.tuned false takes the configured settings")
     experts = make_experts(config, checkpoint)
     slow_weights = make_slow_weights(config, checkpoint) if any(expert.needs_slow_weights for expert in experts) else None
-    metric = None if fitted is None else fitted.metric_tensor()
+    metric = None if tuned is None else tuned.metric_tensor()
     _load_compiled_loops(config, checkpoint, stream, metric)
     memory = make_window(config, model, metric)
     with RunLog(Path(config.run.folder), config.tracking.mode, config.tracking.project, "evaluate", asdict(config)) as log:
@@ -69,13 +70,14 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
         mixed = None
         if len(experts) > 1:
             rule = GateRule(tuple(config.gate.rates), config.gate.shared)
-            mixed = mixed_scores(scores, experts, rule, model.vocabulary_size, config.run.seed)
+            weights = _tuned_weights(tuned, [expert.name for expert in experts])
+            mixed = mixed_scores(scores, experts, rule, model.vocabulary_size, config.run.seed, weights)
             scores.losses |= mixed.losses
             scores.seconds |= mixed.seconds
         metrics = _metrics(config, checkpoint, stream, scores, details)
         if mixed is not None:
             metrics["gate"] = _gate_metrics(mixed, [expert.name for expert in experts])
-        metrics["fitted_on"] = None if fitted is None else {"stream": fitted.stream, "losses": fitted.losses}
+        metrics["tuned_on"] = None if tuned is None else {"stream": tuned.stream, "losses": tuned.losses}
         path = write_results(Path(config.run.folder), metrics, scores)
         _log_metrics(log, metrics)
     print_tables(metrics)
@@ -98,10 +100,16 @@ def _load_compiled_loops(config: Config, checkpoint: Checkpoint, stream: TokenSt
 
 
 def _tune(config: Config, checkpoint: Checkpoint) -> None:
-    fitted = tune(config, checkpoint.model, _tokenize(config, checkpoint, own_corpus(config, checkpoint), "valid"))
-    path = save_fitted(checkpoint.folder, fitted)
-    print_fitted(fitted)
+    stream = _tokenize(config, checkpoint, own_corpus(config, checkpoint), "valid")
+    tuned = tune(config, checkpoint, stream, load_tuned(checkpoint.folder, checkpoint.model.hidden_size))
+    path = save_tuned(checkpoint.folder, tuned)
+    print_tuned(tuned)
     console.print(f"written to {path}")
+
+
+def _tuned_weights(tuned: Tuned | None, experts: Sequence[str]) -> dict[str, float] | None:
+    """Return the weights that were tuned for just these experts, None where there are none."""
+    return tuned.weights if tuned is not None and set(tuned.weights) == {*experts, UNIFORM} else None
 
 
 def _open_stream(config: Config, checkpoint: Checkpoint) -> TokenStream:

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mbpa_lm.errors import RunFolderError, reason
-from mbpa_lm.fitted import FittedAdaptation
 from mbpa_lm.progress import console
 from mbpa_lm.scoring import StreamScores
+from mbpa_lm.tuned import Tuned
 
 METRICS_FILE = "metrics.json"
 LOSSES_FILE = "losses.safetensors"
@@ -70,15 +70,15 @@ def print_tables(metrics: Mapping[str, Any]) -> None:
     console.print(f"peak memory {metrics['peak_memory_bytes'] / 1e6:,.0f} MB{f', GPU {gpu / 1e6:,.0f} MB' if gpu else ''}")
 
 
-def print_fitted(fitted: FittedAdaptation) -> None:
-    """Print what fitting gave on examples that nothing was fitted on."""
-    table = Table(title=f"adaptation fitted on {fitted.stream}: held-out quarter of {fitted.examples:,} predictions")
-    table.add_column("adaptation")
-    table.add_column("perplexity", justify="right")
-    table.add_column("vs base", justify="right")
-    for name, loss in fitted.losses.items():
-        change = "" if name == "base" else f"{math.exp(loss - fitted.losses['base']) - 1:+.1%}"
-        table.add_row(name.replace("_", " "), f"{math.exp(loss):.2f}", change)
+def print_tuned(tuned: Tuned) -> None:
+    """Print what tuning gave on the validation text, of the adaptation on a part of it that nothing was fitted on."""
+    table = Table(title=f"perplexity on {tuned.stream}, the part tuned on", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("expert")
+    columns = ("base", "configured", "best grid point", "tuned")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, losses in tuned.losses.items():
+        table.add_row(name, *(f"{math.exp(losses[column]):.2f}" if column in losses else "" for column in columns))
     console.print(table)
 
 

@@ -66,14 +66,16 @@ def make_slow_weights(config: Config, checkpoint: Checkpoint) -> SlowWeights:
     return SlowWeights(layer.weight, layer.bias, rule, scale)
 
 
+def make_training_store(config: Config, checkpoint: Checkpoint) -> TrainingStore:
+    """Return the datastore of the training text; it is made where it is not kept."""
+    tokens, knn = partial(training_tokens, config, checkpoint), config.knn
+    with token_progress("storing the training text") as progress:
+        return training_store(checkpoint.folder, checkpoint.model, tokens, knn.entries, knn.cells_searched, progress)
+
+
 def make_experts(config: Config, checkpoint: Checkpoint) -> list[Expert]:
     """Return the configured experts; a datastore and gradients are made from the training text where they are not kept."""
     tokens = partial(training_tokens, config, checkpoint)
-
-    def store() -> TrainingStore:
-        knn = config.knn
-        with token_progress("storing the training text") as progress:
-            return training_store(checkpoint.folder, checkpoint.model, tokens, knn.entries, knn.cells_searched, progress)
 
     def dynamic_model() -> DynamicModel:
         dynamic = config.dynamic
@@ -84,4 +86,5 @@ def make_experts(config: Config, checkpoint: Checkpoint) -> list[Expert]:
                 scale = model_gradient_scale(checkpoint.folder, checkpoint.model, tokens, dynamic, progress)
         return DynamicModel(checkpoint.model, rule, scale)
 
+    store = partial(make_training_store, config, checkpoint)
     return build_experts(config, checkpoint.model.output_layer(), store, dynamic_model)

@@ -129,7 +129,7 @@ def _score(expert: Expert, chunk: Chunk, targets: torch.Tensor, scores: StreamSc
     found = expert.target_log_probabilities(chunk, targets)
     scores.components[expert.name][positions] = found.float().cpu().numpy()
     if expert.weight < 1:
-        base = pick(chunk.base_log_probabilities, targets)
+        base = pick(chunk.base_log_probabilities if chunk.slow is None else chunk.slow.log_probabilities, targets)
         found = torch.logaddexp(base + math.log(1 - expert.weight), found + math.log(expert.weight))
     scores.losses[expert.name][positions] = -found.float().cpu().numpy()
 

@@ -1,6 +1,7 @@
 """evaluate.py --tune, what it keeps with the checkpoint, and how evaluation uses it."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from mbpa_lm import commands
-from mbpa_lm.fitted import FILE
+from mbpa_lm.errors import AdaptationError
+from mbpa_lm.tuned import FILE
+from mbpa_lm.tuning.rates import FACTOR, _tune, climb
 
 Options = Callable[..., list[str]]
 
@@ -34,19 +37,19 @@ def test_tuning_is_kept_reported_and_used(
     options: Options, own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configured = evaluate(options, own_run, tmp_path / "a")
-    assert configured["fitted_on"] is None
+    assert configured["tuned_on"] is None
     tuned = evaluate(options, own_run, tmp_path / "b", "--tune")
     shown = capsys.readouterr().out
-    for text in ("adaptation fitted on", "best grid point", "configured", "as fitted on"):
+    for text in ("the part tuned on", "best grid point", "configured", "as tuned on"):
         assert text in shown
-    losses = tuned["fitted_on"]["losses"]
-    assert losses["fitted"] <= losses["best_grid_point"]
-    assert losses["fitted"] < losses["base"]
+    losses = tuned["tuned_on"]["losses"]["mbpa"]
+    assert losses["tuned"] <= losses["best grid point"]
+    assert losses["tuned"] < losses["base"]
     assert tuned["config"]["adaptation"]["weighting"] == "within_reach"
     again = evaluate(options, own_run, tmp_path / "c")
     assert again["experts"]["mbpa"]["perplexity"] == tuned["experts"]["mbpa"]["perplexity"]
     assert again["experts"]["mbpa"]["perplexity"] != configured["experts"]["mbpa"]["perplexity"]
-    aside = evaluate(options, own_run, tmp_path / "d", "--adaptation.fitted", "false")
+    aside = evaluate(options, own_run, tmp_path / "d", "--evaluation.tuned", "false")
     assert aside["experts"]["mbpa"]["perplexity"] == configured["experts"]["mbpa"]["perplexity"]
 
 
@@ -61,12 +64,56 @@ def test_tuning_never_reads_the_test_text(options: Options, own_run: Path, tmp_p
     assert json.loads(kept_file(own_run).read_text()) == {**first, "stream": "corpus valid"}
 
 
+def test_every_expert_is_tuned_and_weighed(options: Options, own_run: Path, tmp_path: Path) -> None:
+    few = ("--experts", "base,persistent,cache,knn,dynamic", "--knn.neighbours", "8", "--cache.windows", "[50,0]")
+    few = (*few, "--cache.thetas", "[0.1,0.1]", "--cache.weights", "[0.2,0.2]")
+    configured = evaluate(options, own_run, tmp_path / "a", *few, "--evaluation.split", "valid")
+    tuned = evaluate(options, own_run, tmp_path / "b", *few, "--evaluation.split", "valid", "--tune")
+    names = ["persistent", "cache-50", "cache-all", "knn", "dynamic"]
+    assert set(tuned["tuned_on"]["losses"]) == {*names, "mixture"}
+    for name in names:  # the text it was tuned on is the text it is measured on
+        losses = tuned["tuned_on"]["losses"][name]
+        assert losses["tuned"] <= losses["configured"] + 1e-9
+        assert losses["tuned"] == pytest.approx(tuned["experts"][name]["nats_per_token"], abs=1e-3)
+        assert losses["configured"] == pytest.approx(configured["experts"][name]["nats_per_token"], abs=1e-3)
+    assert "tuned weights" not in configured["experts"]
+    weighed = tuned["experts"]["tuned weights"]["nats_per_token"]
+    assert weighed == pytest.approx(tuned["gate"]["best_fixed_weights_in_hindsight"]["nats_per_token"], abs=1e-3)
+    # What is tuned later leaves what was tuned before; weights belong to the experts that were run.
+    later = evaluate(options, own_run, tmp_path / "c", "--tune")
+    assert set(later["tuned_on"]["losses"]) == {*names, "mbpa", "mixture"}
+    kept = json.loads(kept_file(own_run).read_text())
+    assert kept["settings"]["cache"]["windows"] == [50, 0]
+    assert set(kept["weights"]) == {"base", "mbpa", "uniform"}
+
+
+def test_climbing_finds_the_valley_from_either_side() -> None:
+    for start in (1.0, 64.0):
+        best, least = climb(lambda value: abs(math.log(value / 8)), start)
+        assert (best, least) == (8.0, 0.0)
+    assert climb(lambda value: -value, 1.0)[0] == FACTOR**4  # no farther, whatever it promises
+
+
+def test_rates_that_diverge_are_not_chosen() -> None:
+    def loss(rate: float, decay: float) -> float:
+        if rate > 1:
+            raise AdaptationError("diverged")
+        return 2 - rate + decay
+
+    found = _tune(loss, rate=1.0, decay=1.0)
+    assert (found.rate, found.decay) == (1.0, FACTOR**-4)
+    assert found.losses == {"configured": 2.0, "tuned": 1 + FACTOR**-4}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"format": 9}, "its format is not 1"),
         ({"metric": [1.0]}, "its metric is not 16 positive numbers"),
-        ({"alpha": -1.0}, "adaptation.alpha is -1.0"),
+        ({"settings": {"adaptation": {"alpha": -1.0}}}, "adaptation.alpha is -1.0"),
+        ({"settings": {"adaptation": {"alfa": 1.0}}}, "alfa"),
+        ({"settings": {"magic": {}}}, "magic"),
+        ({"weights": {"base": -0.5}}, "negative"),
         ({"surprise": 1}, "surprise"),
     ],
 )
@@ -79,7 +126,7 @@ def test_a_kept_file_that_cannot_be_used_is_refused(
     assert commands.evaluate(options(tmp_path / "b", "--checkpoint", str(own_run))) == 4
     error = capsys.readouterr().err
     assert message in error
-    assert "--adaptation.fitted false" in error
+    assert "--evaluation.tuned false" in error
     assert error.count("\n") == 1
 
 

@@ -1,8 +1,8 @@
-"""Step sizes, pull back, kernel and metric, fitted by gradient descent through the unrolled steps.
+"""Step sizes, pull back, kernel, metric and share, fitted by gradient descent through the unrolled steps.
 
-The loss is the mean negative log-probability of the true next words under the adapted layer, as the restricted solver computes
-it with the true word among the moved ones. The neighbours of each example are chosen again, from more candidates, as the
-metric changes. Everything that does not depend on what is fitted is computed once.
+The loss is the mean negative log-probability of the true next words, mixed from the adapted layer's, as the restricted solver
+computes it, and the base model's, with the true word among the moved ones. The neighbours of each example are chosen again,
+from more candidates, as the metric changes. Everything that does not depend on what is fitted is computed once.
 
 Dimensions: `N` examples, `B` of them at once, `n` candidates, `K` neighbours, `S` moved words, `T` steps, `d` hidden size.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from mbpa_lm.adaptation.kernels import gaussian, inverse_distance, stretched_distances, within_reach
 from mbpa_lm.adaptation.moved_words import choose_moved_words
@@ -43,13 +44,18 @@ class Examples:
 
 @dataclass(frozen=True)
 class Fit:
-    """What is fitted; each number is kept positive through its logarithm."""
+    """What is fitted; each number is kept positive through its logarithm, the share between 0 and 1."""
 
     log_steps_T: Tensor
     log_beta: Tensor
     log_width: Tensor  # epsilon or bandwidth^2, in squared typical distances
     log_reach: Tensor  # in typical distances
     log_metric_d: Tensor
+    logit_share: Tensor  # of the adapted prediction; the rest is the base model's
+
+    def step_sizes(self, longest: float) -> Tensor:
+        """Return the steps (T,), none longer than `longest`."""
+        return self.log_steps_T.exp().clamp(max=longest)
 
     def parameters(self) -> list[Tensor]:
         """Return all of them."""
@@ -91,7 +97,23 @@ def typical_squared_distance(examples: Examples) -> float:
     return float(distances_Nn[~examples.absent_Nn].median())
 
 
-def losses(examples: Examples, fit: Fit, neighbours: int, typical: float, is_gaussian: bool) -> Tensor:
+def of_targets(examples: Examples) -> Tensor:
+    """Return the base log-probability of each true word (N,)."""
+    return examples.log_probabilities_NS1.gather(1, examples.target_N[:, None])[:, 0]
+
+
+def mixed_losses(
+    examples: Examples, fit: Fit, neighbours: int, typical: float, is_gaussian: bool, longest_step: float
+) -> Tensor:
+    """Return minus the log-probability of each true word (B,) in the mixture with the base model, differentiable in the fit."""
+    adapted_B = -adapted_losses(examples, fit, neighbours, typical, is_gaussian, longest_step)
+    log_share, log_rest = logsigmoid(fit.logit_share), logsigmoid(-fit.logit_share)
+    return -torch.logaddexp(of_targets(examples) + log_rest, adapted_B + log_share)
+
+
+def adapted_losses(
+    examples: Examples, fit: Fit, neighbours: int, typical: float, is_gaussian: bool, longest_step: float
+) -> Tensor:
     """Return minus the adapted log-probability of each true word (B,), differentiable in the fit."""
     distances_Bn = stretched_distances(examples.keys_Nnd, examples.queries_Nd, fit.log_metric_d.exp())
     distances_Bn = distances_Bn.masked_fill(examples.absent_Nn, torch.inf)
@@ -107,7 +129,7 @@ def losses(examples: Examples, fit: Fit, neighbours: int, typical: float, is_gau
         examples.gram_Nnn[rows[..., None], columns[:, :, None], columns[:, None]],
         weights_BK,
         examples.own_Nn.gather(1, columns),
-        list(fit.log_steps_T.exp()),
+        list(fit.step_sizes(longest_step)),
         fit.log_beta.exp(),
         frozen_last=True,
     )

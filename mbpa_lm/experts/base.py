@@ -58,7 +58,7 @@ class Expert(Protocol):
     window: int = 0
     """How many of the stream's most recent entries it wants to see; 0 for none. It may be given more."""
     weight: float = 1.0
-    """Its share where it predicts alone; the rest is the base model's."""
+    """Its share where it predicts alone; the rest is the base model's, or, where it needs them, that of the slow weights."""
 
     def log_probabilities(self, chunk: Chunk) -> Tensor:
         """Return the log-probabilities (C, V) of the next token at each position, as generation needs them."""

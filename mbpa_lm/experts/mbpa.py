@@ -30,7 +30,7 @@ class MbpaExpert(Expert):
         self.name = "mbpa+persistent" if from_slow_weights else "mbpa"
         self.needs_slow_weights = from_slow_weights
         self.neighbours = max(neighbours, config.candidates) if config.selection == "informative" else neighbours
-        self.weight = 1.0 if from_slow_weights else config.weight
+        self.weight = config.weight
         self._used = neighbours
         self._layer = output_layer
         self._config = config

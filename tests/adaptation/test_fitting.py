@@ -8,8 +8,10 @@ from mbpa_lm.adaptation import dual
 from mbpa_lm.adaptation.fitting import (
     Examples,
     Fit,
+    adapted_losses,
     fit_by_gradient_descent,
-    losses,
+    mixed_losses,
+    of_targets,
     prepare_examples,
     typical_squared_distance,
 )
@@ -32,15 +34,19 @@ def random_examples(N: int, n: int, V: int, d: int) -> tuple[Problem, torch.Tens
     return problem, targets, prepare_examples(problem, targets, absent, adapt_bias=True)
 
 
-def make_fit(steps: list[float], beta: float, width: float, reach: float, metric: torch.Tensor) -> Fit:
-    return Fit(*(torch.tensor(value, **DOUBLE).log() for value in (steps, beta, width, reach)), metric.log())
+def make_fit(steps: list[float], beta: float, width: float, reach: float, metric: torch.Tensor, share: float = 0.5) -> Fit:
+    return Fit(
+        *(torch.tensor(value, **DOUBLE).log() for value in (steps, beta, width, reach)),
+        metric.log(),
+        torch.tensor(share, **DOUBLE).logit(),
+    )
 
 
 def test_the_loss_is_the_dual_solver_s() -> None:
     problem, targets, examples = random_examples(6, 9, 20, 4)
     metric = torch.tensor([0.5, 1.0, 2.0, 1.5], **DOUBLE)
     typical = typical_squared_distance(examples)
-    fit = make_fit([0.1, 0.2, 0.05], 0.3, 0.7, 1.2, metric)
+    fit = make_fit([0.1, 0.2, 0.05], 0.3, 0.7, 1.2, metric, share=0.3)
     distances = stretched_distances(problem.keys_BKd, problem.queries_Bd, metric)
     nearest = distances.topk(5, largest=False).indices
     rows = torch.arange(6)[:, None]
@@ -56,30 +62,36 @@ def test_the_loss_is_the_dual_solver_s() -> None:
             problem.queries_Bd,
         )
         expected = dual.solve(few, AdaptationRule(3, 1.0, 0.3, schedule=(0.1, 0.2, 0.05)), targets)
-        found = losses(examples, fit, 5, typical, is_gaussian)
+        found = adapted_losses(examples, fit, 5, typical, is_gaussian, math.inf)
         torch.testing.assert_close(found, -expected, atol=1e-8, rtol=0)
+        mixed = mixed_losses(examples, fit, 5, typical, is_gaussian, math.inf)
+        base = torch.log_softmax(problem.queries_Bd @ problem.weight_Vd.T + problem.bias_V, dim=1)[rows[:, 0], targets]
+        torch.testing.assert_close(of_targets(examples), base, atol=1e-8, rtol=0)
+        torch.testing.assert_close((-mixed).exp(), 0.3 * expected.exp() + 0.7 * base.exp(), atol=1e-8, rtol=0)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
     _, _, examples = random_examples(5, 6, 15, 3)
     fit = make_fit([0.1, 0.2], 0.3, 0.7, 1.2, torch.ones(3, **DOUBLE))
     parameters = [parameter.clone().requires_grad_() for parameter in fit.parameters()]
-    assert torch.autograd.gradcheck(lambda *tensors: losses(examples, Fit(*tensors), 6, 4.0, False).sum(), parameters)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: mixed_losses(examples, Fit(*tensors), 6, 4.0, False, math.inf).sum(), parameters
+    )
 
 
 def test_descent_lowers_the_loss_and_leaves_the_start_alone() -> None:
     _, _, examples = random_examples(80, 6, 15, 3)
     start = make_fit([8.0] * 3, 1e-3, 0.1, 3.0, torch.ones(3, **DOUBLE))  # far too long a step
     before = [parameter.clone() for parameter in start.parameters()]
-    means = [float(losses(examples, start, 6, 4.0, False).mean())]
+    means = [float(mixed_losses(examples, start, 6, 4.0, False, math.inf).mean())]
     fit_by_gradient_descent(
         start,
-        lambda fit, rows: losses(examples.rows(rows), fit, 6, 4.0, False),
+        lambda fit, rows: mixed_losses(examples.rows(rows), fit, 6, 4.0, False, math.inf),
         examples=80,
         epochs=8,
         batch_size=16,
         learning_rate=0.5,
-        on_epoch=lambda epoch, fit: means.append(float(losses(examples, fit, 6, 4.0, False).mean().detach())),
+        on_epoch=lambda epoch, fit: means.append(float(mixed_losses(examples, fit, 6, 4.0, False, math.inf).mean().detach())),
     )
     assert len(means) == 9
     assert means[-1] < means[0] - 0.1
@@ -98,7 +110,7 @@ def test_a_metric_learns_which_directions_tell_the_next_word() -> None:
     start = make_fit([0.5], 1e-3, 1.0, 3.0, torch.ones(d, **DOUBLE))
     fit_by_gradient_descent(
         start,
-        lambda fit, rows: losses(examples.rows(rows), fit, 4, 2.0, True),
+        lambda fit, rows: mixed_losses(examples.rows(rows), fit, 4, 2.0, True, math.inf),
         N,
         10,
         20,
@@ -107,3 +119,8 @@ def test_a_metric_learns_which_directions_tell_the_next_word() -> None:
     )
     first, second = kept[-1].log_metric_d.tolist()
     assert first > second + 0.5
+
+
+def test_no_step_is_longer_than_the_longest() -> None:
+    fit = make_fit([0.1, 0.2, 0.05], 0.3, 0.7, 1.2, torch.ones(3, **DOUBLE))
+    torch.testing.assert_close(fit.step_sizes(0.15), torch.tensor([0.1, 0.15, 0.05], **DOUBLE))

@@ -1,0 +1,53 @@
+"""One pass over the beginning of the validation text, as all kinds of tuning make it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mbpa_lm.checkpoint import Checkpoint
+from mbpa_lm.config import Config
+from mbpa_lm.data.streams import TokenStream
+from mbpa_lm.experts.base import Expert
+from mbpa_lm.memory.base import Memory
+from mbpa_lm.progress import ProgressBar
+from mbpa_lm.resources import make_history, make_slow_weights, make_window
+from mbpa_lm.scoring import StreamScores, score_stream
+from mbpa_lm.tuned import Tuned
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is tuned, and on which text."""
+
+    config: Config
+    checkpoint: Checkpoint
+    stream: TokenStream
+
+    def first(self, tokens: int) -> "Validation":
+        """Return that of the first predictions only."""
+        return replace(self, stream=self.stream.first(tokens + 1))
+
+    def score(
+        self, what: str, experts: Sequence[Expert], memory: Memory | None = None, tuned: Tuned | None = None
+    ) -> StreamScores:
+        """Run experts over the text, with a memory as configured and the metric of `tuned` where none is given."""
+        config, model = self.config, self.checkpoint.model
+        metric = None if tuned is None else tuned.metric_tensor()
+        slow_weights = make_slow_weights(config, self.checkpoint) if any(one.needs_slow_weights for one in experts) else None
+        with ProgressBar(f"{what} on {self.stream.name}", len(self.stream) - 1) as progress:
+            done = 0
+
+            def show(scored: int, _: StreamScores) -> None:
+                nonlocal done
+                progress.advance(scored - done)
+                done = scored
+
+            return score_stream(
+                model,
+                self.stream.tokens,
+                experts,
+                make_window(config, model, metric) if memory is None else memory,
+                config.evaluation.chunk_length,
+                slow_weights,
+                make_history(experts, model),
+                show,
+            )
