@@ -1,5 +1,6 @@
 # make demo    train a small LSTM on Python's own documentation and show what a memory gives it
 # make test    the test suite
+# make results RESULTS.md from the run folders in results/
 # make lint    style and types
 # make setup   the environment alone (.venv); the others call it
 
@@ -9,7 +10,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(REQUIREMENTS)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint results setup clean
 
 demo: setup
 	$(BIN)/python train.py --config configs/demo.yaml --resume
@@ -22,6 +23,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+results: setup
+	$(BIN)/python -m mbpa_lm.results results --output RESULTS.md
 
 setup: $(INSTALLED)
 

@@ -167,6 +167,17 @@ def has_checkpoint(run_folder: Path) -> bool:
     return "last" in _read_pointers(run_folder)
 
 
+def training_record(folder: Path) -> dict[str, Any]:
+    """Return how a checkpoint was trained: seed, settings, steps, seconds, best loss and command, as far as its folder says."""
+    try:
+        values = json.loads((folder / "training.json").read_text())
+        position = values["position"]
+        record = {key: values[key] for key in ("seed", "training", "command", "commit", "machine") if key in values}
+        return {**record, **{key: position[key] for key in ("step", "seconds", "best_loss") if key in position}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def check_same_settings(folder: Path, config: Config) -> None:
     """Refuse a checkpoint of another model or tokenizer than configured, naming the first setting that differs."""
     manifest = _read_manifest(folder)

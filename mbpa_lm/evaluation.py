@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mbpa_lm.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint
+from mbpa_lm.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint, training_record
 from mbpa_lm.config import Config
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
+from mbpa_lm.figures import write_figures
 from mbpa_lm.gate import GateRule
 from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes, pick_device
 from mbpa_lm.metrics import SEGMENTS, Targets, perplexity, summarize
@@ -80,6 +81,7 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
         metrics["tuned_on"] = None if tuned is None else {"stream": tuned.stream, "losses": tuned.losses}
         path = write_results(Path(config.run.folder), metrics, scores)
         _log_metrics(log, metrics)
+        log.show(write_figures(Path(config.run.folder), metrics))
     print_tables(metrics)
     console.print(f"written to {path}")
     return metrics
@@ -166,7 +168,13 @@ def _metrics(
         },
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
-        "checkpoint": {"folder": str(checkpoint.folder), "fingerprint": checkpoint.fingerprint},
+        "checkpoint": {
+            "folder": str(checkpoint.folder),
+            "fingerprint": checkpoint.fingerprint,
+            "trained": training_record(checkpoint.folder),
+        },
+        "parameters": sum(parameter.numel() for parameter in checkpoint.model.parameters()),
+        "seconds": sum(scores.part_seconds.values()),
         "command": shlex.join(sys.argv),
         "commit": code_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

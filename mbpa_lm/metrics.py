@@ -16,6 +16,9 @@ from mbpa_lm.data.streams import TokenStream
 FREQUENCY_BOUNDS = (0, 10, 100, 1_000, 10_000)
 """A target word seen at most so often in training, and more often than the bound before."""
 
+DISTANCE_BOUNDS = (10, 100, 1_000, 10_000)
+"""Positions since the target word's last occurrence in the stream, likewise."""
+
 DOCUMENT_BOUNDS = (10, 100, 1_000, 10_000)
 """Positions inside a document, likewise."""
 
@@ -29,7 +32,7 @@ class Targets:
     """What is known of each scored token, beside its loss; all of length n - 1 for a stream of n tokens."""
 
     training_counts: np.ndarray  # occurrences of the token in the training text
-    occurred_before: np.ndarray  # bool: whether the token stands earlier in the stream
+    distances: np.ndarray  # positions since the token's last occurrence in the stream; 0 where there was none
     document_positions: np.ndarray  # 1 for the first token of its document
     words: int
     characters: int
@@ -37,14 +40,15 @@ class Targets:
     @classmethod
     def of(cls, stream: TokenStream, training_counts: np.ndarray) -> "Targets":
         tokens = np.asarray(stream.tokens, dtype=np.int64)
-        _, first_positions = np.unique(tokens, return_index=True)
-        occurred_before = np.ones(len(tokens), dtype=bool)
-        occurred_before[first_positions] = False
         positions = np.arange(len(tokens))
+        order = np.argsort(tokens, kind="stable")  # equal tokens side by side, in the order of the stream
+        again = tokens[order[1:]] == tokens[order[:-1]]
+        distances = np.zeros(len(tokens), dtype=np.int64)
+        distances[order[1:][again]] = (order[1:] - order[:-1])[again]
         document = np.searchsorted(stream.document_starts, positions, side="right") - 1
         return cls(
             training_counts=training_counts[tokens[1:]],
-            occurred_before=occurred_before[1:],
+            distances=distances[1:],
             document_positions=(positions - stream.document_starts[document] + 1)[1:],
             words=int(stream.words[1:].sum(dtype=np.int64)),
             characters=int(stream.characters[1:].sum(dtype=np.int64)),
@@ -55,7 +59,8 @@ def summarize(losses: np.ndarray, targets: Targets) -> dict[str, Any]:
     """Return the report of one expert from its loss (n - 1,) in nats for every scored token."""
     total = float(losses.sum(dtype=np.float64))
     bits = total / math.log(2)
-    rare_again = (targets.training_counts <= RARE) & targets.occurred_before
+    again = targets.distances > 0
+    rare_again = (targets.training_counts <= RARE) & again
     return {
         **_group(losses),
         "bits_per_token": bits / len(losses),
@@ -64,10 +69,11 @@ def summarize(losses: np.ndarray, targets: Targets) -> dict[str, Any]:
         "perplexity_per_word": perplexity(total / max(targets.words, 1)),
         "by_training_frequency": _by_bounds(losses, targets.training_counts, FREQUENCY_BOUNDS),
         "by_recurrence": {
-            "first time in the stream": _group(losses[~targets.occurred_before]),
-            "seen before in the stream": _group(losses[targets.occurred_before]),
+            "first time in the stream": _group(losses[~again]),
+            "seen before in the stream": _group(losses[again]),
             f"seen before, at most {RARE} times in training": _group(losses[rare_again]),
         },
+        "by_distance": _by_bounds(losses[again], targets.distances[again], DISTANCE_BOUNDS),
         "by_document_position": _by_bounds(losses, targets.document_positions, DOCUMENT_BOUNDS),
         "along_stream": [_group(part) for part in np.array_split(losses, SEGMENTS) if len(part)],
     }

@@ -62,6 +62,7 @@ def print_tables(metrics: Mapping[str, Any]) -> None:
     console.print(table)
     _print_groups("perplexity by occurrences of the word in training", experts, "by_training_frequency")
     _print_groups("perplexity by occurrence in the stream", experts, "by_recurrence")
+    _print_groups("perplexity by positions since the word last occurred", experts, "by_distance")
     if stream["documents"] > 1:
         _print_groups("perplexity by position in the document", experts, "by_document_position")
     if "gate" in metrics:

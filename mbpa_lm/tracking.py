@@ -44,6 +44,16 @@ class RunLog:
         self._keep(values)
         self._send(lambda run: run.summary.update(dict(values)))
 
+    def show(self, figures: Mapping[str, Path]) -> None:
+        """Log pictures, which lie in files, to Weights & Biases."""
+
+        def message(run: Any) -> None:
+            import wandb
+
+            run.log({f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()})
+
+        self._send(message)
+
     def close(self) -> None:
         with suppress(OSError):  # a full disk; `write` has already said so
             self._file.close()

@@ -7,6 +7,8 @@ weights, to the bit on a CPU, as one that never stopped.
 """
 
 import math
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -31,7 +33,7 @@ from mbpa_lm.data.pieces import Piece
 from mbpa_lm.data.streams import SequenceBatches, TokenStream, count_tokens, open_stream
 from mbpa_lm.data.tokenizers import Tokenizer, make_tokenizer
 from mbpa_lm.errors import CheckpointError, ConfigError
-from mbpa_lm.machine import pick_device
+from mbpa_lm.machine import code_commit, describe_machine, pick_device
 from mbpa_lm.metrics import perplexity
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model, build_model, check_model
@@ -271,6 +273,9 @@ class _Run:
             "optimizer": plain,
             "training": asdict(self.config.training),
             "seed": self.config.run.seed,
+            "command": shlex.join(sys.argv),
+            "commit": code_commit(),
+            "machine": describe_machine(self.device),
         }
         return TrainingPosition(packed, values)
 

@@ -20,7 +20,7 @@ def make_stream() -> TokenStream:
 def test_the_first_token_is_not_scored_and_the_rest_is() -> None:
     targets = Targets.of(make_stream(), np.array([7, 100, 0, 1001]))
     assert targets.training_counts.tolist() == [100, 0, 100, 1001, 7, 100]
-    assert targets.occurred_before.tolist() == [False, False, True, False, True, True]
+    assert targets.distances.tolist() == [0, 0, 2, 0, 5, 3]
     assert targets.document_positions.tolist() == [2, 3, 4, 1, 2, 3]
     assert (targets.words, targets.characters) == (5, 16)
 

@@ -1,0 +1,316 @@
+"""RESULTS.md from run folders: `python -m mbpa_lm.results FOLDER --output RESULTS.md`, or `make results`.
+
+FOLDER holds run folders of evaluate.py. Every number is read from their metrics.json; nothing is typed by hand but what was
+published elsewhere.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbpa_lm.errors import DataError, MbpaError, reason
+from mbpa_lm.metrics import perplexity
+from mbpa_lm.mixed_scores import GATE
+from mbpa_lm.report import METRICS_FILE
+
+PUBLISHED = (
+    ("AWD-LSTM", 57.3, 65.8, "Merity et al. 2018"),
+    ("AWD-LSTM with a continuous cache", 52.8, 52.0, "Merity et al. 2018"),
+    ("AWD-LSTM with dynamic evaluation", 51.1, 44.3, "Krause et al. 2018"),
+)
+"""Model, test perplexity on Penn Treebank and on WikiText-2, and who reports it."""
+
+TEXTS = {"ptb": "Penn Treebank", "wikitext-2": "WikiText-2", "builtin": "Python's documentation"}
+GROUPS = {
+    "by_training_frequency": "occurrences of the word in training",
+    "by_recurrence": "occurrence in the stream",
+    "by_distance": "positions since the word last occurred in the stream",
+}
+FIGURES = {
+    "along_stream": "perplexity along the stream",
+    "gain": "gain",
+    "gate_weights": "weights",
+    "quality_against_cost": "cost",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+    @property
+    def experts(self) -> dict[str, Any]:
+        return dict(self.metrics["experts"])
+
+    @property
+    def text(self) -> str:
+        corpus = self.metrics["config"]["data"]["corpus"]
+        return f"{TEXTS.get(corpus, corpus)}, {self.split}"
+
+    @property
+    def split(self) -> str:
+        return str(self.metrics["stream"]["name"].split()[-1])
+
+    @property
+    def model(self) -> str:
+        model = self.metrics["config"]["model"]
+        if model["kind"] == "lstm":
+            return f"{model['layers']} x {model['hidden_size']} LSTM"
+        return f"{model['architecture']} ({self.metrics['parameters'] / 1e6:.1f} M)"
+
+    @property
+    def settings(self) -> str:
+        return "tuned on the validation text" if self.metrics["tuned_on"] else "nothing tuned"
+
+    @property
+    def seed(self) -> int:
+        return int(self.metrics["checkpoint"]["trained"].get("seed", self.metrics["config"]["run"]["seed"]))
+
+    def order(self) -> tuple[int, bool, str, bool, str]:
+        """Return what runs are sorted by: text, model, tuned or not, split, name."""
+        corpus = self.metrics["config"]["data"]["corpus"]
+        place = list(TEXTS).index(corpus) if corpus in TEXTS else len(TEXTS)
+        return place, self.metrics["config"]["model"]["kind"] != "lstm", self.settings, self.split != "test", self.folder.name
+
+    def is_like(self) -> str:
+        """Return what runs have in common that differ by their seed only."""
+        training = self.metrics["checkpoint"]["trained"].get("training")
+        config = self.metrics["config"]
+        return json.dumps([self.text, config["model"], training, self.settings, list(self.experts)], sort_keys=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m mbpa_lm.results", description="Write RESULTS.md from run folders.")
+    parser.add_argument("folder", type=Path, help="Folder of run folders that evaluate.py wrote.")
+    parser.add_argument("--output", type=Path, default=Path("RESULTS.md"), help="File to write.")
+    options = parser.parse_args(arguments)
+    try:
+        page = results_page(load_runs(options.folder), options.folder)
+        try:
+            options.output.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{options.output} could not be written: {reason(error)}") from None
+    except MbpaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def load_runs(folder: Path) -> list[Run]:
+    """Read every run in a folder, in the order of the page. Raises DataError where there is none, or one cannot be read."""
+    runs = []
+    for path in sorted(folder.glob(f"*/{METRICS_FILE}")):
+        try:
+            run = Run(path.parent, json.loads(path.read_text(encoding="utf-8")))
+            run.order()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} is not what evaluate.py writes now ({reason(error)}); run it again, or remove it"
+            ) from None
+        runs.append(run)
+    if not runs:
+        raise DataError(
+            f"{folder} holds no run with a {METRICS_FILE}; give the folder in which the run folders of evaluate.py lie"
+        )
+    return sorted(runs, key=Run.order)
+
+
+def results_page(runs: Sequence[Run], folder: Path) -> str:
+    """Return the page."""
+    parts = [
+        "# Results",
+        f"Written by `python -m mbpa_lm.results {folder}` from the run folders there: every number comes from the "
+        f"`{METRICS_FILE}` of the run that is named beside it, and the command that made it is there too. Nothing was chosen on "
+        "a test text.",
+        "## At a glance",
+        _overview(runs),
+        *_seeds(runs),
+        "## Published numbers, for orientation",
+        "Other base models, trained far longer: not comparable with ours in absolute terms. What can be compared is how much a "
+        "method takes off its own base model.",
+        _published(runs),
+    ]
+    for run in runs:
+        parts += _details(run)
+    return "\n\n".join(parts) + "\n"
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        experts = run.experts
+        base = experts["base"]["perplexity"]
+        alone = {name: values["perplexity"] for name, values in experts.items() if name in run.metrics["gate"]["without"]}
+        best = min(alone, key=lambda name: alone[name])
+        gate = experts[GATE]
+        rows.append(
+            [
+                run.text,
+                run.model,
+                run.settings,
+                f"{base:.2f}",
+                f"{alone[best]:.2f} ({best})",
+                f"{gate['perplexity']:.2f}",
+                _change(gate["perplexity"], base),
+                f"{gate['tokens_per_second']:,.0f}",
+                f"`{run.folder.name}`",
+            ]
+        )
+    header = ["text", "model", "experts", "base", "best alone", "gate", "against base", "tokens/s", "run"]
+    return _table(header, rows)
+
+
+def _seeds(runs: Sequence[Run]) -> list[str]:
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.is_like()].append(run)
+    rows = []
+    for group in groups.values():
+        seeds = sorted({run.seed for run in group})
+        if len(seeds) > 1:
+            base, gate = ([run.experts[name]["perplexity"] for run in group] for name in ("base", GATE))
+            gains = [100 * (1 - of_gate / of_base) for of_base, of_gate in zip(base, gate, strict=True)]
+            first = group[0]
+            names = ", ".join(str(seed) for seed in seeds)
+            rows.append([first.text, first.model, first.settings, names, *map(_spread, (base, gate, gains))])
+    if not rows:
+        return []
+    header = ["text", "model", "experts", "seeds", "base", "gate", "gain, %"]
+    return ["## Seeds", "Mean and standard deviation over models trained with different seeds.", _table(header, rows)]
+
+
+def _spread(numbers: Sequence[float]) -> str:
+    return f"{statistics.mean(numbers):.2f} ± {statistics.stdev(numbers):.2f}"
+
+
+def _published(runs: Sequence[Run]) -> str:
+    rows = [[model, f"{ptb}", f"{wikitext}", source] for model, ptb, wikitext, source in PUBLISHED]
+    ours: dict[str, dict[str, Run]] = defaultdict(dict)
+    for run in runs:
+        if (
+            run.split == "test"
+            and run.metrics["config"]["model"]["kind"] == "lstm"
+            and not run.metrics["config"]["evaluation"]["max_tokens"]
+        ):
+            ours[run.settings].setdefault(run.metrics["config"]["data"]["corpus"], run)
+    for settings, by_corpus in ours.items():
+        for expert, what in (
+            ("base", "our LSTM"),
+            ("cache-500", "with a continuous cache"),
+            ("dynamic", "with dynamic evaluation"),
+            (GATE, "with the gate over all"),
+        ):
+            cells = []
+            for corpus in ("ptb", "wikitext-2"):
+                found = by_corpus[corpus].experts.get(expert) if corpus in by_corpus else None
+                cells.append(f"{found['perplexity']:.1f}" if found else "")
+            if any(cells):
+                rows.append([f"{what} ({settings})", *cells, "this page"])
+    return _table(["test perplexity", "Penn Treebank", "WikiText-2", "source"], rows)
+
+
+def _details(run: Run) -> list[str]:
+    metrics, experts = run.metrics, run.experts
+    base, gate = experts["base"]["perplexity"], metrics["gate"]
+    whole = experts[GATE]["perplexity"]
+    rows = []
+    for name, values in experts.items():
+        without, weight = gate["without"].get(name), gate["weights"].get(name)
+        rows.append(
+            [
+                name,
+                f"{values['perplexity']:.2f}",
+                "" if name == "base" else _change(values["perplexity"], base),
+                "" if weight is None else f"{weight:.3f}",
+                "" if without is None else f"{without['perplexity'] / whole - 1:+.2%}",
+                f"{values['bits_per_character']:.3f}",
+                f"{values['tokens_per_second']:,.0f}",
+            ]
+        )
+    header = ["expert", "perplexity", "against base", "weight in the gate", "the gate without it", "bits/character", "tokens/s"]
+    stream, noisy = metrics["stream"], gate["with_a_noise_expert"]["perplexity"]
+    hindsight = gate["best_fixed_weights_in_hindsight"]["perplexity"]
+    parts = [
+        f"## {run.text}: {run.model}, {run.settings} (`{run.folder.name}`)",
+        f"{stream['scored']:,} tokens scored. {_trained(run)}",
+        _table(header, rows),
+        f"Best fixed weights in hindsight: {hindsight:.2f}. The gate with one more expert that predicts noise: {noisy:.2f} "
+        f"({noisy / whole - 1:+.2%})." + _without_groups(gate, whole),
+    ]
+    for group, label in GROUPS.items():
+        parts.append(_by_group(experts, group, label))
+    pictures = {name: run.folder / "figures" / f"{name}.png" for name in FIGURES}
+    shown = [
+        f"![{FIGURES[name]}]({path.as_posix()})" for name, path in pictures.items() if path.is_file() and run.split == "test"
+    ]
+    if shown:
+        parts.append("\n".join(shown))
+    parts.append(_provenance(run))
+    return parts
+
+
+def _trained(run: Run) -> str:
+    trained = run.metrics["checkpoint"]["trained"]
+    if "seconds" not in trained:
+        return f"Seed {run.seed}."
+    return (
+        f"The model: {run.metrics['parameters'] / 1e6:.1f} M parameters, seed {run.seed}, {trained['training']['epochs']} epochs "
+        f"in {trained['seconds'] / 60:.0f} minutes, validation perplexity {perplexity(trained['best_loss']):.2f}."
+    )
+
+
+def _without_groups(gate: dict[str, Any], whole: float) -> str:
+    groups = {name: found for name, found in gate["without"].items() if name not in gate["weights"]}
+    return "".join(
+        f" Without {name}: {found['perplexity']:.2f} ({found['perplexity'] / whole - 1:+.1%})."
+        for name, found in groups.items()
+    )
+
+
+def _by_group(experts: dict[str, Any], group: str, label: str) -> str:
+    filled = {row: values for row, values in experts["base"][group].items() if values["tokens"]}
+    header = [f"perplexity by {label}", *(f"{row} ({values['tokens']:,})" for row, values in filled.items())]
+    rows = [[name, *(_short(values[group][row]["perplexity"]) for row in filled)] for name, values in experts.items()]
+    return _table(header, rows)
+
+
+def _provenance(run: Run) -> str:
+    metrics = run.metrics
+    commands = [metrics["checkpoint"]["trained"].get("command"), metrics["command"]]
+    lines = "\n".join(f"    {_plain(command)}" for command in commands if command)
+    return (
+        f"{lines}\n\nCommit {metrics['commit']}, {metrics['date'][:10]}, {metrics['machine']}; all experts side by side took "
+        f"{metrics['seconds'] / 60:.1f} minutes and {metrics['peak_memory_bytes'] / 1e6:,.0f} MB."
+    )
+
+
+def _plain(command: str) -> str:
+    """Return a command as a user types it."""
+    return command if command.startswith("python ") else f"python {command}"
+
+
+def _change(number: float, base: float) -> str:
+    return f"{number / base - 1:+.1%}"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.1f}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
