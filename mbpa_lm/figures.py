@@ -22,11 +22,9 @@ Metrics = Mapping[str, Any]
 
 def write_figures(folder: Path, metrics: Metrics) -> dict[str, Path]:
     """Draw into FOLDER of a run folder; return the files by name. Raises RunFolderError where they cannot be written."""
-    drawings = {
-        "along_stream": along_stream(metrics),
-        "gain": gain(metrics),
-        "quality_against_cost": quality_against_cost(metrics),
-    }
+    drawings = {"along_stream": along_stream(metrics), "quality_against_cost": quality_against_cost(metrics)}
+    if len(metrics["experts"]) > 1:
+        drawings["gain"] = gain(metrics)
     if "gate" in metrics:
         drawings["gate_weights"] = gate_weights(metrics)
     paths = {}

@@ -130,8 +130,8 @@ def results_page(runs: Sequence[Run], folder: Path) -> str:
     parts = [
         "# Results",
         f"Written by `python -m mbpa_lm.results {folder}` from the run folders there: every number comes from the "
-        f"`{METRICS_FILE}` of the run that is named beside it, and the command that made it is there too. Nothing was chosen on "
-        "a test text.",
+        f"`{METRICS_FILE}` of the run that is named beside it, and the command that made it is there too. Nothing was chosen "
+        "on a test text.",
         "## At a glance",
         _overview(runs),
         *_seeds(runs),
@@ -264,8 +264,8 @@ def _trained(run: Run) -> str:
     if "seconds" not in trained:
         return f"Seed {run.seed}."
     return (
-        f"The model: {run.metrics['parameters'] / 1e6:.1f} M parameters, seed {run.seed}, {trained['training']['epochs']} epochs "
-        f"in {trained['seconds'] / 60:.0f} minutes, validation perplexity {perplexity(trained['best_loss']):.2f}."
+        f"The model: {run.metrics['parameters'] / 1e6:.1f} M parameters, seed {run.seed}, {trained['training']['epochs']} "
+        f"epochs in {trained['seconds'] / 60:.0f} minutes, validation perplexity {perplexity(trained['best_loss']):.2f}."
     )
 
 

@@ -74,7 +74,7 @@ def test_figures_are_drawn_for_one_expert_and_for_many(runs: Path, options: Opti
     assert {path.stem for path in (runs / "one" / FOLDER).iterdir()} == names
     assert commands.evaluate(options(tmp_path, "--checkpoint", str(trained_run), "--experts", "base")) == 0
     drawn = list((tmp_path / FOLDER).iterdir())
-    assert {path.stem for path in drawn} == names - {"gate_weights"}
+    assert {path.stem for path in drawn} == names - {"gain", "gate_weights"}
     for path in [*drawn, *(runs / "one" / FOLDER).iterdir()]:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 5_000
