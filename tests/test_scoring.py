@@ -21,10 +21,12 @@ from mbpa_lm.experts.dynamic import DynamicExpert
 from mbpa_lm.experts.knn import KnnExpert
 from mbpa_lm.experts.mbpa import MbpaExpert, make_weighting
 from mbpa_lm.experts.persistent import PersistentExpert
+from mbpa_lm.gate import GateRule
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.history import UNBOUNDED, StreamHistory
 from mbpa_lm.memory.training_store import TrainingStore
 from mbpa_lm.memory.window import WindowMemory
+from mbpa_lm.mixed_scores import mixed_scores
 from mbpa_lm.models.base import LanguageModel, OutputLayer
 from mbpa_lm.scoring import score_stream
 from tests.conftest import small_model
@@ -74,6 +76,7 @@ EXPERTS: dict[str, Callable[[LanguageModel], Expert]] = {
     "persistent": lambda model: PersistentExpert(),
     "mbpa from slow weights": mbpa(True, steps=3, alpha=0.1),
     "mbpa on all words from slow weights": mbpa(True, solver="dual", steps=3, alpha=0.1),
+    "mbpa from slow weights mixed with them": mbpa(True, steps=3, alpha=0.1, weight=0.4),
     "cache": lambda model: CacheExpert(20, 0.1, 0.3),
     "unbounded cache": lambda model: CacheExpert(0, 0.1, 0.3),
     "knn": knn(grows=False),
@@ -214,6 +217,34 @@ def test_a_step_too_long_is_reported_by_name() -> None:
     expert = MbpaExpert(model.output_layer(), AdaptationConfig(steps=30, alpha=1e308), NEIGHBOURS)
     with pytest.raises(AdaptationError, match=r"diverged with adaptation\.alpha 1e\+308 and adaptation\.steps 30; make one"):
         expert.log_probabilities(make_chunk(model, random_stream()))
+
+
+def test_the_rest_is_that_of_the_weights_that_the_steps_start_from() -> None:
+    tokens = random_stream()
+    adapted, slow, mixed = (
+        losses("lstm", name, tokens, 25)
+        for name in ("mbpa from slow weights", "persistent", "mbpa from slow weights mixed with them")
+    )
+    np.testing.assert_allclose(np.exp(-mixed), 0.4 * np.exp(-adapted) + 0.6 * np.exp(-slow), rtol=1e-5)
+
+
+def test_a_gate_over_all_sees_no_future_and_no_chunks() -> None:
+    def gated(tokens: np.ndarray, chunk_length: int) -> np.ndarray:
+        model = small_model("lstm")
+        experts = [EXPERTS[name](model) for name in ("base", "mbpa", "persistent", "mbpa from slow weights", "cache")]
+        memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
+        slow_weights = make_slow_weights(model.output_layer())
+        scores = score_stream(model, tokens, experts, memory, chunk_length, slow_weights, make_history(experts, model))
+        return mixed_scores(scores, experts, GateRule(), 30, seed=0).losses["gate"]
+
+    tokens = random_stream()
+    before = gated(tokens, 25)
+    for chunk_length in (1, 7, LENGTH):
+        np.testing.assert_allclose(gated(tokens, chunk_length), before, atol=2e-5)
+    for position in (60, LENGTH - 1):
+        changed = tokens.copy()
+        changed[position:] = (changed[position:] + 7) % 30
+        assert (gated(changed, 25)[: position - 1] == before[: position - 1]).all()
 
 
 def test_progress_and_time_are_told() -> None:
