@@ -84,15 +84,19 @@ class DynamicModel:
             complete = len(inputs) == self._rule.interval
             with torch.set_grad_enabled(complete):
                 # A copy, as a transformer's state is changed by reading on from it.
-                hidden_states = self._model(inputs[None], copy.deepcopy(self._state)).hidden_states[0]
-                losses = cross_entropy(self._model.output_layer().logits(hidden_states), targets, reduction="none")
+                output = self._model(inputs[None], copy.deepcopy(self._state))
+                logits = self._model.output_layer().logits(output.hidden_states[0])
+                losses = cross_entropy(logits, targets, reduction="none")
                 loss = losses.mean()
             found.append(-losses.detach()[before:])
             if not bool(torch.isfinite(found[-1]).all()):
                 raise AdaptationError(f"dynamic evaluation diverged with dynamic.rate {self._rule.rate}; make it smaller")
             if complete:
-                with torch.no_grad():  # a state that no gradient hangs on
-                    self._state = self._model(inputs[None], self._state).state
+                if self._model.carries_state_in_training:  # then no gradient goes through the state that it is given
+                    self._state = tuple(tensor.detach() for tensor in output.state)
+                else:
+                    with torch.no_grad():
+                        self._state = self._model(inputs[None], self._state).state
                 self._step(loss)
                 self._seen = []
             begin = piece.stop
