@@ -58,12 +58,17 @@ def training_store(
     """Return the store kept in the checkpoint's folder, and build and keep it where there is none of the same settings.
 
     Args: text opens the tokens when they are needed; entries: the first so many are stored, 0 for all. Raises RunFolderError
-    where it cannot be written.
+    where it cannot be written or read.
     """
     settings = {"entries": entries, "d": model.hidden_size}
     if not _is_kept(folder, settings):
         _build(folder, model, text(), settings, on_progress)
-    index = faiss.read_index(str(folder / INDEX_FILE))
+    try:
+        index = faiss.read_index(str(folder / INDEX_FILE))
+    except RuntimeError as error:
+        raise RunFolderError(
+            f"{folder / INDEX_FILE} cannot be read: {reason(error)}; delete it, to have it made again"
+        ) from None
     if isinstance(index, faiss.IndexIVF):
         index.nprobe = cells_searched
     return TrainingStore(index, np.fromfile(folder / VALUES_FILE, dtype=np.uint32))
@@ -72,9 +77,13 @@ def training_store(
 def _is_kept(folder: Path, settings: dict[str, int]) -> bool:
     try:
         kept = json.loads((folder / SETTINGS_FILE).read_text())
+        return bool(kept == {**settings, "bytes": _sizes(folder)})
     except (OSError, ValueError):
         return False
-    return bool(kept == settings)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for name in (INDEX_FILE, VALUES_FILE)}
 
 
 def _build(
@@ -97,7 +106,7 @@ def _build(
         for name, write in (
             (INDEX_FILE, lambda path: faiss.write_index(index, str(path))),
             (VALUES_FILE, lambda path: tokens[1:].astype(np.uint32).tofile(path)),
-            (SETTINGS_FILE, lambda path: path.write_text(json.dumps(settings))),
+            (SETTINGS_FILE, lambda path: path.write_text(json.dumps({**settings, "bytes": _sizes(folder)}))),
         ):
             temporary = folder / f".{name}.{os.getpid()}"
             write(temporary)

@@ -1,0 +1,28 @@
+"""What sections of a configuration check their values with; each raises ConfigError naming the key."""
+
+from typing import Any
+
+from mbpa_lm.errors import ConfigError
+
+
+def require(key: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} is {value!r}; it must be {expected}")
+
+
+def require_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(f"{section}.{name}", value, value > 0, "greater than 0")
+
+
+def require_not_negative(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(f"{section}.{name}", value, value >= 0, "0 or more")
+
+
+def require_probability(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(f"{section}.{name}", value, 0 <= value < 1, "at least 0 and less than 1")

@@ -1,0 +1,185 @@
+"""The memory, the ways to predict with it, and the gate over them."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mbpa_lm.config.checks import require, require_not_negative, require_positive, require_probability
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What is remembered of the stream."""
+
+    size: int = 5000
+    """Entries in the window: the most recent (hidden state, next token) pairs."""
+    neighbours: int = 32
+    """Entries retrieved for a prediction (K)."""
+    likely_words: int = 96
+    """Likeliest next words kept with an entry, for the restricted solver."""
+
+    def __post_init__(self) -> None:
+        require_positive("memory", self, "size", "neighbours", "likely_words")
+
+
+@dataclass(frozen=True)
+class AdaptationConfig:
+    """How the softmax layer is adapted to the neighbours (Sprechmann et al. 2018)."""
+
+    solver: Literal["restricted", "dual", "reference"] = "restricted"
+    """restricted: moves only the words that the steps can move most, at a cost that does not depend on the vocabulary;
+    dual: the whole vocabulary, exact; reference: autograd on a copy of the layer, the definition, very slow."""
+    moved_words: int = 16
+    """restricted: words that are moved beside the neighbours' own."""
+    tolerance: float = 0.1
+    """restricted: most nats by which the bound of a prediction's error may pass; above, that prediction is solved with more
+    words."""
+    optimizer: Literal["sgd", "momentum", "rmsprop", "adam"] = "sgd"
+    """Rule of a gradient step; rmsprop and adam need the reference solver."""
+    momentum: float = 0.9
+    """momentum: share of the last step's direction that the next one goes on in."""
+    steps: int = 10
+    """Gradient steps for a prediction (T); 0 leaves the base model."""
+    alpha: float = 0.05
+    """Size of a gradient step; 0 leaves the base model."""
+    schedule: list[float] | None = None
+    """Size of each step relative to alpha, one number a step; empty: all the same."""
+    beta: float = 0.0
+    """Strength of the pull back to the trained weights."""
+    kernel: Literal["inverse_distance", "gaussian"] = "inverse_distance"
+    """Similarity of a neighbour at squared distance D: 1 / (epsilon + D), or exp(-D / (2 bandwidth^2))."""
+    epsilon: float = 1e-3
+    """inverse_distance: added to the squared distance."""
+    bandwidth: float = 1.0
+    """gaussian: distance at which a neighbour counts exp(-1/2) of one at distance 0."""
+    weighting: Literal["normalized", "within_reach", "unnormalized"] = "normalized"
+    """normalized: the neighbours' weights sum to 1, however far they are; within_reach: to less where they are farther than
+    reach; unnormalized: a neighbour weighs its similarity relative to one at distance 0."""
+    reach: float = 1.0
+    """within_reach: distance at which a single neighbour weighs a half."""
+    selection: Literal["nearest", "informative"] = "nearest"
+    """informative: the neighbours that together tell most about the query (SIFT), so that copies of one context count once."""
+    candidates: int = 96
+    """informative: nearest entries that the neighbours are chosen from."""
+    bias: bool = True
+    """Whether the output layer's bias is adapted beside its weight."""
+    weight: float = 1.0
+    """Share of the adapted prediction where it is reported alone; the rest is that of the weights that the steps start from."""
+
+    def __post_init__(self) -> None:
+        require("adaptation.weight", self.weight, 0 < self.weight <= 1, "greater than 0 and at most 1")
+        require_not_negative("adaptation", self, "steps", "alpha", "beta", "moved_words")
+        require_positive("adaptation", self, "tolerance", "candidates", "reach")
+        require_probability("adaptation", self, "momentum")
+        if self.schedule is not None:
+            fits = len(self.schedule) == self.steps and all(share >= 0 for share in self.schedule)
+            require("adaptation.schedule", self.schedule, fits, f"{self.steps} numbers (adaptation.steps) of 0 or more")
+        require("adaptation.epsilon", self.epsilon, self.epsilon >= 1e-12, "at least 1e-12")
+        require("adaptation.bandwidth", self.bandwidth, self.bandwidth >= 1e-6, "at least 1e-6")
+        if self.alpha * self.beta > 1:
+            require("adaptation.beta", self.beta, False, f"at most 1 / adaptation.alpha ({1 / self.alpha:g}), or steps diverge")
+        if self.optimizer not in ("sgd", "momentum"):
+            require("adaptation.solver", self.solver, self.solver == "reference", f"reference with {self.optimizer}")
+
+
+@dataclass(frozen=True)
+class PersistentConfig:
+    """How the softmax layer slowly follows the stream (dynamic evaluation of the output layer, Krause et al. 2018)."""
+
+    interval: int = 20
+    """Tokens between steps."""
+    rate: float = 3e-3
+    """Size of a step: a gradient as large as it was in training on average moves a parameter by rate / (1 + smoothing)."""
+    decay: float = 3e-3
+    """Share of the way back to the trained weights that a step takes, for a parameter of average gradients in training."""
+    smoothing: float = 3.0
+    """Added to a parameter's gradient scale, 1 being the mean: large for equal steps, small for equal relative ones."""
+    statistics_tokens: int = 100000
+    """Training tokens that the gradient scales are measured on, once a checkpoint; they are kept with it."""
+
+    def __post_init__(self) -> None:
+        require_positive("persistent", self, "interval", "smoothing", "statistics_tokens")
+        require_not_negative("persistent", self, "rate", "decay")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Continuous caches over windows of the stream (Grave et al. 2017), one expert each."""
+
+    windows: list[int] = field(default_factory=lambda: [100, 500, 5000])
+    """Most recent entries that each cache sees; 0: the whole stream (the unbounded cache)."""
+    thetas: list[float] = field(default_factory=lambda: [0.3, 0.3, 0.3])
+    """Sharpness of each: an entry counts exp(theta times the scalar product of its hidden state with the query)."""
+    weights: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.1])
+    """Share of each where it predicts alone; the rest is the base model's."""
+
+    def __post_init__(self) -> None:
+        for name in ("thetas", "weights"):
+            values = getattr(self, name)
+            wanted = f"{len(self.windows)} numbers, one for each of cache.windows"
+            require(f"cache.{name}", values, len(values) == len(self.windows), wanted)
+        require(
+            "cache.windows", self.windows, all(window >= 0 for window in self.windows), "lengths, or 0 for the whole stream"
+        )
+        require("cache.windows", self.windows, len(set(self.windows)) == len(self.windows), "different lengths")
+        require("cache.thetas", self.thetas, all(theta >= 0 for theta in self.thetas), "numbers of 0 or more")
+        require("cache.weights", self.weights, all(0 < weight < 1 for weight in self.weights), "numbers between 0 and 1")
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """Nearest contexts of the training text (kNN-LM, Khandelwal et al. 2020)."""
+
+    neighbours: int = 256
+    """Entries that a prediction looks at (K)."""
+    temperature: float = 10.0
+    """An entry counts exp(minus its squared distance over the temperature)."""
+    weight: float = 0.1
+    """Its share where it predicts alone; the rest is the base model's."""
+    grows: bool = False
+    """Whether the stream so far is searched together with the training text."""
+    entries: int = 0
+    """First training tokens that are stored, once a checkpoint; 0: all. They are kept with it."""
+    cells_searched: int = 32
+    """Cells of the inverted file that a query looks into; more is slower and finds more of the true neighbours."""
+
+    def __post_init__(self) -> None:
+        require_positive("knn", self, "neighbours", "temperature", "cells_searched")
+        require_not_negative("knn", self, "entries")
+        require("knn.weight", self.weight, 0 < self.weight < 1, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class DynamicConfig:
+    """How the whole model goes on learning from the stream (dynamic evaluation, Krause et al. 2018)."""
+
+    interval: int = 10
+    """Tokens between steps, and as far back as their gradients flow."""
+    optimizer: Literal["rms", "sgd"] = "rms"
+    """rms: steps and decay scaled by each parameter's gradients on the training text; sgd: all the same."""
+    rate: float = 2e-3
+    """Size of a step; for rms in the units of persistent.rate."""
+    decay: float = 3e-3
+    """Share of the way back to the trained parameters that a step takes."""
+    smoothing: float = 3.0
+    """rms: added to a parameter's gradient scale, 1 being the mean."""
+    statistics_tokens: int = 20000
+    """rms: training tokens that the gradient scales are measured on, once a checkpoint; they are kept with it."""
+
+    def __post_init__(self) -> None:
+        require_positive("dynamic", self, "interval", "smoothing", "statistics_tokens")
+        require_not_negative("dynamic", self, "rate", "decay")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """How the gate over all experts learns from the stream; it needs no tuning."""
+
+    rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
+    """Sizes of a step (Adam), one gate each; they are mixed by how well each has predicted so far."""
+    shared: float = 0.01
+    """Share of the trust in each that is given back to all at every token, so that another may take over later."""
+
+    def __post_init__(self) -> None:
+        require("gate.rates", self.rates, len(self.rates) > 0, "at least one number")
+        require("gate.rates", self.rates, all(rate >= 0 for rate in self.rates), "numbers of 0 or more")
+        require_probability("gate", self, "shared")
