@@ -59,6 +59,8 @@ def score_stream(
     scores = StreamScores(losses, components, np.zeros((count, len(FEATURES)), dtype=np.float32))
     neighbours = max(expert.neighbours for expert in experts)
     directions = principal_directions(model.output_layer().weight)
+    # A memory that searches what the caches look at needs no products of its own.
+    one_retrieval = history is not None and memory.takes_products(history.size)
     clock = _Clock(device)
     state: State | None = None
     for begin in range(0, count, chunk_length):
@@ -71,16 +73,16 @@ def score_stream(
             hidden_states_Cd = output.hidden_states[0]
             logits_CV = model.output_layer().logits(hidden_states_Cd)
             base_CV, log_partitions_C = normalize(logits_CV)
+        stretch: Stretch | None = None
+        if history is not None:
+            with clock.measure("history"):
+                stretch = history.read_and_write(hidden_states_Cd, targets_C)
         found: Neighbours | None = None
         if neighbours:
             with clock.measure("memory"):
                 likely = likely_words(base_CV, memory.likely_words)
                 entries = Entries(hidden_states_Cd, targets_C, log_partitions_C, *likely)
-                found = memory.read_and_write(entries, neighbours)
-        stretch: Stretch | None = None
-        if history is not None:
-            with clock.measure("history"):
-                stretch = history.read_and_write(hidden_states_Cd, targets_C)
+                found = memory.read_and_write(entries, neighbours, stretch.products if stretch and one_retrieval else None)
         chunk = Chunk(inputs_C, hidden_states_Cd, base_CV, log_partitions_C, found, None, stretch)
         for expert in experts:
             if not expert.needs_slow_weights:
@@ -94,7 +96,8 @@ def score_stream(
                 scores.features[begin:end] = features(chunk, begin, directions).float().cpu().numpy()
         scores.part_seconds |= clock.seconds
         for expert in experts:
-            scores.seconds[expert.name] = sum(clock.seconds[part] for part in [*shared_work(expert), expert.name])
+            parts = {*shared_work(expert), expert.name, *(["history"] if one_retrieval and expert.neighbours else [])}
+            scores.seconds[expert.name] = sum(clock.seconds[part] for part in parts)
         on_progress(end, scores)
     return scores
 

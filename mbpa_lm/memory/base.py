@@ -65,12 +65,17 @@ class Memory(Protocol):
         """Return the number of entries that the next query would see."""
         ...
 
-    def read_and_write(self, entries: Entries, count: int) -> Neighbours:
+    def takes_products(self, size: int) -> bool:
+        """Say whether scalar products with the last `size` entries before each query are just what a search needs."""
+        ...
+
+    def read_and_write(self, entries: Entries, count: int, products: Tensor | None = None) -> Neighbours:
         """Answer each position's query, then store that position, in the order of the stream.
 
         Position i of the chunk sees what was stored before the chunk and positions 0 to i - 1 of it: the result is
         the same however the stream is cut into chunks.
 
-        Args: entries of the chunk's positions, whose keys are the queries; count: K.
+        Args: entries of the chunk's positions, whose keys are the queries; count: K; products (C, N) of the queries with
+        all keys so far or the last of them, the chunk's own at the end, where the caller has them and `takes_products`.
         """
         ...

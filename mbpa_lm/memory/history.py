@@ -41,14 +41,14 @@ class StreamHistory:
 
     def __init__(self, size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Keep the last `size` entries, or all of them with UNBOUNDED."""
-        self._size = size
+        self.size = size
         self._keys_Nd = torch.empty(0, hidden_size, dtype=dtype, device=device)
         self._squared_norms_N = torch.empty(0, dtype=dtype, device=device)
         self._values_N = torch.empty(0, dtype=torch.int64, device=device)
         self._begin = self._end = 0
 
     def __len__(self) -> int:
-        return min(self._end - self._begin, self._size)
+        return min(self._end - self._begin, self.size)
 
     def read_and_write(self, keys_Cd: Tensor, values_C: Tensor) -> Stretch:
         """Return what the positions of a chunk see, each the stream before it; then they are part of it."""
@@ -62,7 +62,7 @@ class StreamHistory:
         self._end += len(keys_Cd)
         seen = slice(begin, self._end)
         products_CN = keys_Cd @ self._keys_Nd[seen].T
-        return Stretch(products_CN, self._squared_norms_N[seen], self._values_N[seen], ends_C, self._size)
+        return Stretch(products_CN, self._squared_norms_N[seen], self._values_N[seen], ends_C, self.size)
 
     def _make_room(self, count: int) -> None:
         """Move what can still be seen to the front of a tensor of twice its length, where there is no room for more."""

@@ -25,22 +25,34 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-2, torc
 
 
 def nearest(
-    keys_Nd: Tensor, squared_norms_N: Tensor, queries_Cd: Tensor, begins_C: Tensor, ends_C: Tensor, count: int
+    keys_Nd: Tensor,
+    squared_norms_N: Tensor,
+    queries_Cd: Tensor,
+    begins_C: Tensor,
+    ends_C: Tensor,
+    count: int,
+    products_CN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return rows (C, K) int64 of the nearest keys and their squared distances (C, K), nearest first.
 
     Query c sees the rows from begins[c] up to, not including, ends[c]. Where that is fewer than K, the last rows are -1 and
-    their distances inf.
+    their distances inf. Products of queries and keys are made where they are not given.
     """
+    products_CN = queries_Cd @ keys_Nd.T if products_CN is None else products_CN
     find = nearest_compiled if can_take(keys_Nd) else nearest_plain
-    return find(keys_Nd, squared_norms_N, queries_Cd, begins_C, ends_C, count)
+    return find(keys_Nd, squared_norms_N, queries_Cd, begins_C, ends_C, count, products_CN)
 
 
 def nearest_compiled(
-    keys_Nd: Tensor, squared_norms_N: Tensor, queries_Cd: Tensor, begins_C: Tensor, ends_C: Tensor, count: int
+    keys_Nd: Tensor,
+    squared_norms_N: Tensor,
+    queries_Cd: Tensor,
+    begins_C: Tensor,
+    ends_C: Tensor,
+    count: int,
+    products_CN: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Do what `nearest` does on a CPU, in one pass over the products."""
-    products_CN = queries_Cd @ keys_Nd.T
     rows_CK = torch.empty(len(queries_Cd), count, dtype=torch.int64)
     distances_CK = torch.empty(len(queries_Cd), count, dtype=keys_Nd.dtype)
     inputs = (keys_Nd, squared_norms_N, queries_Cd.contiguous(), begins_C, ends_C, products_CN)
@@ -51,12 +63,18 @@ def nearest_compiled(
 
 
 def nearest_plain(
-    keys_Nd: Tensor, squared_norms_N: Tensor, queries_Cd: Tensor, begins_C: Tensor, ends_C: Tensor, count: int
+    keys_Nd: Tensor,
+    squared_norms_N: Tensor,
+    queries_Cd: Tensor,
+    begins_C: Tensor,
+    ends_C: Tensor,
+    count: int,
+    products_CN: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Do what `nearest` does in PyTorch, on any device."""
     rows_N = torch.arange(len(keys_Nd), device=keys_Nd.device)
     seen_CN = (rows_N >= begins_C[:, None]) & (rows_N < ends_C[:, None])
-    half_CN = (squared_norms_N / 2 - queries_Cd @ keys_Nd.T).masked_fill(~seen_CN, math.inf)
+    half_CN = (squared_norms_N / 2 - products_CN).masked_fill(~seen_CN, math.inf)
     wanted = min(count + SPARE_CANDIDATES, len(keys_Nd))
     candidates = half_CN.topk(wanted, largest=False)
     rows_Cn = candidates.indices.masked_fill(candidates.values.isinf(), -1)

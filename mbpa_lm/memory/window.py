@@ -53,10 +53,18 @@ class WindowMemory:
     def __len__(self) -> int:
         return min(self._written, self._size)
 
-    def read_and_write(self, entries: Entries, count: int) -> Neighbours:
+    def takes_products(self, size: int) -> bool:
+        """See `Memory.takes_products`."""
+        return self._scale_d is None and size == self._size
+
+    def read_and_write(self, entries: Entries, count: int, products: Tensor | None = None) -> Neighbours:
         """See `Memory.read_and_write`."""
-        pieces = zip(*(tensor.split(QUERIES_AT_ONCE) for tensor in entries.tensors()), strict=True)
-        parts = [self._read_and_write_some(Entries(*piece), count) for piece in pieces]
+        chunk, parts = len(entries.keys), []
+        for begin in range(0, chunk, QUERIES_AT_ONCE):
+            rows = slice(begin, min(begin + QUERIES_AT_ONCE, chunk))
+            piece = Entries(*(tensor[rows] for tensor in entries.tensors()))
+            own = None if products is None else products[rows, : products.shape[1] - (chunk - rows.stop)]
+            parts.append(self._read_and_write_some(piece, count, own))
         if len(parts) == 1:
             return parts[0]
         return Neighbours(
@@ -65,7 +73,8 @@ class WindowMemory:
             torch.cat([part.positions for part in parts]),
         )
 
-    def _read_and_write_some(self, entries: Entries, count: int) -> Neighbours:
+    def _read_and_write_some(self, entries: Entries, count: int, products: Tensor | None) -> Neighbours:
+        """Answer and store; the last column of the products, if there are any, is the last of these entries."""
         before = len(self)
         first = self._append(entries)  # where the chunk's own entries begin
         oldest = first - before
@@ -78,6 +87,7 @@ class WindowMemory:
             begins_C - oldest,
             ends_C - oldest,
             count,
+            None if products is None else products[:, products.shape[1] - (self._end - oldest) :].contiguous(),
         )
         empty_CK = rows_CK < 0
         rows_CK = rows_CK + oldest

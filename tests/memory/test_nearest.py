@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.float64]
 def find(
     name: str, keys: torch.Tensor, queries: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return SEARCHES[name](keys, keys.square().sum(1), queries, begins, ends, count)
+    return SEARCHES[name](keys, keys.square().sum(1), queries, begins, ends, count, queries @ keys.T)
 
 
 def whole(keys: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """The window against a search of the plainest kind, one position after another."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbpa_lm.memory.base import Entries, Neighbours
+from mbpa_lm.memory.history import StreamHistory
 from mbpa_lm.memory.window import WindowMemory
 
 LIKELY = 2
@@ -30,13 +32,17 @@ def random_entries(count: int, dimension: int = 5, seed: int = 0) -> Entries:
     return make_entries(torch.randn(count, dimension, generator=generator, dtype=torch.float64), seed)
 
 
-def read_in_chunks(size: int, chunk: int, stream: Entries, K: int, metric: torch.Tensor | None = None) -> Neighbours:
+def read_in_chunks(
+    size: int, chunk: int, stream: Entries, K: int, metric: torch.Tensor | None = None, one_retrieval: bool = False
+) -> Neighbours:
     count, dtype = len(stream.keys), stream.keys.dtype
     memory = WindowMemory(size, stream.keys.shape[1], LIKELY, dtype, torch.device("cpu"), metric)
-    parts = [
-        memory.read_and_write(Entries(*(tensor[begin : begin + chunk] for tensor in stream.tensors())), K)
-        for begin in range(0, count, chunk)
-    ]
+    history = StreamHistory(size, stream.keys.shape[1], dtype, torch.device("cpu")) if one_retrieval else None
+    parts = []
+    for begin in range(0, count, chunk):
+        piece = Entries(*(tensor[begin : begin + chunk] for tensor in stream.tensors()))
+        products = None if history is None else history.read_and_write(piece.keys, piece.values).products
+        parts.append(memory.read_and_write(piece, K, products))
     assert len(memory) == min(size, count)
     return Neighbours(
         Entries(*(torch.cat(column) for column in zip(*(part.entries.tensors() for part in parts), strict=True))),
@@ -80,6 +86,20 @@ def test_it_finds_what_a_plain_search_finds(size: int, count: int, chunk: int, K
 def test_chunks_longer_than_a_search_and_windows_that_wrap(chunk: int) -> None:
     stream = random_entries(700, dimension=3)
     assert_same(read_in_chunks(150, chunk, stream, 8), search_plainly(150, stream, 8))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 400])
+def test_products_that_caches_have_made_are_as_good(chunk: int) -> None:
+    stream = random_entries(700, dimension=3)
+    found = read_in_chunks(150, chunk, stream, 8, one_retrieval=True)
+    assert_same(found, search_plainly(150, stream, 8))
+
+
+def test_products_are_taken_where_they_are_what_a_search_needs() -> None:
+    make = partial(WindowMemory, 150, 3, LIKELY, torch.float32, torch.device("cpu"))
+    assert make().takes_products(150)
+    assert not make().takes_products(500)
+    assert not make(torch.ones(3)).takes_products(150)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 60])
