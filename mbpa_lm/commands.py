@@ -14,7 +14,7 @@ from mbpa_lm.config import Config
 from mbpa_lm.errors import ConfigError, MbpaError, did_you_mean, reason
 
 INTERRUPTED = 130
-OPEN_KEYS = ("model.settings",)
+OPEN_KEYS = ("model.settings", "mixture.weights")
 """Keys under which any name may stand."""
 
 

@@ -17,6 +17,7 @@ from mbpa_lm.config import Config
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
+from mbpa_lm.errors import ConfigError, did_you_mean
 from mbpa_lm.figures import write_figures
 from mbpa_lm.gate import GateRule
 from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes, pick_device
@@ -51,6 +52,7 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
         sections = ", ".join(tuned.settings)
         console.print(f"as tuned on {tuned.stream}: {sections}; --evaluation.tuned false takes the configured settings")
     experts = make_experts(config, checkpoint)
+    _check_names(config, [expert.name for expert in experts])
     slow_weights = make_slow_weights(config, checkpoint) if any(expert.needs_slow_weights for expert in experts) else None
     metric = None if tuned is None else tuned.metric_tensor()
     _load_compiled_loops(config, checkpoint, stream, metric)
@@ -72,7 +74,8 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
         if len(experts) > 1:
             rule = GateRule(tuple(config.gate.rates), config.gate.shared)
             weights = _tuned_weights(tuned, [expert.name for expert in experts])
-            mixed = mixed_scores(scores, experts, rule, model.vocabulary_size, config.run.seed, weights)
+            fixed = config.mixture.weights
+            mixed = mixed_scores(scores, experts, rule, model.vocabulary_size, config.run.seed, fixed, weights)
             scores.losses |= mixed.losses
             scores.seconds |= mixed.seconds
         metrics = _metrics(config, checkpoint, stream, scores, details)
@@ -107,6 +110,12 @@ def _tune(config: Config, checkpoint: Checkpoint) -> None:
     path = save_tuned(checkpoint.folder, tuned)
     print_tuned(tuned)
     console.print(f"written to {path}")
+
+
+def _check_names(config: Config, experts: Sequence[str]) -> None:
+    for name in config.mixture.weights:
+        if name not in experts:
+            raise ConfigError(f"mixture.weights names {name!r}, which is not run; {did_you_mean(name, experts)}")
 
 
 def _tuned_weights(tuned: Tuned | None, experts: Sequence[str]) -> dict[str, float] | None:

@@ -12,7 +12,7 @@ from mbpa_lm.gate import GateRule, OnlineGate
 from mbpa_lm.mixture import best_weights, mix, with_uniform
 from mbpa_lm.scoring import StreamScores, shared_work
 
-GATE, TUNED, EQUAL = "gate", "tuned weights", "equal weights"
+GATE, TUNED, FIXED, EQUAL = "gate", "tuned weights", "fixed weights", "equal weights"
 UNIFORM = "uniform"
 ALL_CACHES = "all caches"
 
@@ -35,12 +35,13 @@ def mixed_scores(
     rule: GateRule,
     vocabulary: int,
     seed: int,
+    fixed: Mapping[str, float] | None = None,
     tuned: Mapping[str, float] | None = None,
 ) -> MixedScores:
     """Mix the experts of a pass.
 
-    Args: tuned has the weight of each expert, and of the uniform distribution, that were best on another text; without them
-    there is no such mixture.
+    Args: fixed has weights by expert, None for equal ones; tuned has the weight of each expert, and of the uniform
+    distribution, that were best on another text; without them there is no such mixture.
     """
     names = [expert.name for expert in experts]
     components = with_uniform(np.stack([scores.components[name] for name in names], axis=1), vocabulary)
@@ -52,7 +53,10 @@ def mixed_scores(
     seconds = {GATE: needed + scores.part_seconds["features"] + time.perf_counter() - start}
     if tuned is not None:
         losses[TUNED] = -mix(components, np.array([tuned[name] for name in [*names, UNIFORM]]))
-    losses[EQUAL] = -mix(components[:, :-1], np.full(len(names), 1 / len(names)))
+    if fixed:
+        losses[FIXED] = -mix(components[:, :-1], np.array([fixed.get(name, 0.0) for name in names]))
+    else:
+        losses[EQUAL] = -mix(components[:, :-1], np.full(len(names), 1 / len(names)))
     seconds |= {name: needed for name in losses if name != GATE}
     groups = {name: [name] for name in names[1:]}
     caches = [name for name in names if name.startswith("cache-")]

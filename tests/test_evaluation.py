@@ -18,7 +18,7 @@ from mbpa_lm.progress import console
 Options = Callable[..., list[str]]
 
 
-NAMES = ["base", "mbpa", "persistent", "mbpa+persistent", "cache-100", "cache-500", "cache-5000", "cache-all"]
+NAMES = ["base", "mbpa", "persistent", "mbpa+persistent", "cache-100", "cache-500", "cache-5000"]
 """Of the experts that are run where nothing else is said."""
 
 
@@ -81,6 +81,18 @@ def test_the_gate_is_told_of_in_full(options: Options, trained_run: Path, tmp_pa
     assert experts["gate"]["seconds"] > max(experts[name]["seconds"] for name in NAMES)
 
 
+def test_weights_of_one_s_own(options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--experts", "base,cache", "--mixture.weights", "{base: 0.75, cache-100: 0.25}")
+    experts = evaluate(options, trained_run, tmp_path / "a", *few)["experts"]
+    assert "equal weights" not in experts
+    quarter = ("--experts", "base,cache", "--cache.windows", "[100]", "--cache.thetas", "[0.3]", "--cache.weights", "[0.25]")
+    alone = evaluate(options, trained_run, tmp_path / "b", *quarter)["experts"]["cache-100"]
+    assert experts["fixed weights"]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
+    for wrong, message in (("{base: 0.5, cache-7: 0.5}", "did you mean cache-"), ("{base: 0.5}", "sum to 1")):
+        assert commands.evaluate(options(tmp_path, "--checkpoint", str(trained_run), "--mixture.weights", wrong)) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_every_expert_can_be_asked_for(options: Options, trained_run: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(trained_run, checkpoint)
@@ -141,7 +153,7 @@ def test_results_that_cannot_be_written_leave_the_earlier_ones(
     options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate(options, trained_run, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "log.jsonl"}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "log.jsonl"}
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -151,7 +163,7 @@ def test_results_that_cannot_be_written_leave_the_earlier_ones(
     assert commands.evaluate(arguments) == 6
     assert "results could not be written" in capsys.readouterr().err
     monkeypatch.undo()
-    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "log.jsonl"}
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "log.jsonl"}
     assert after == before
 
 

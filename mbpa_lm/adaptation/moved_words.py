@@ -16,6 +16,9 @@ from mbpa_lm.largest import largest
 CHANGED_WORDS = 64
 """Words moved because slow adaptation has changed them most; their change at a key cannot be known from the trained layer."""
 
+ROUNDING = 1e-5
+"""Relative change of a probability that is none."""
+
 LOGITS = 20
 """How far below the log-partition logits lie that still matter to a probability; their rounding is in proportion."""
 
@@ -52,7 +55,9 @@ def _always_moved(values_BK: Tensor, base: BaseSoftmax) -> Tensor:
     """Return the neighbours' words, and those that slow adaptation has changed most at the query, where it has: (B, A)."""
     if base.trained is None:
         return values_BK
-    change_BV = (base.log_probabilities_BV.exp() - base.trained.log_probabilities_BV.exp()).abs_()
+    slow_BV = base.log_probabilities_BV.exp()
+    change_BV = (slow_BV - base.trained.log_probabilities_BV.exp()).abs_()
+    change_BV.sub_(slow_BV, alpha=ROUNDING).clamp_(min=0)  # or the order would be one of rounding before the first step
     changed_BX, _ = largest(change_BV, min(CHANGED_WORDS, change_BV.shape[1]))
     return torch.cat([values_BK, changed_BX.long()], dim=1)
 

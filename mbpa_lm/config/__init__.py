@@ -15,6 +15,7 @@ from mbpa_lm.config.experts import (
     GateConfig,
     KnnConfig,
     MemoryConfig,
+    MixtureConfig,
     PersistentConfig,
 )
 from mbpa_lm.config.training import DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainingConfig
@@ -32,6 +33,7 @@ __all__ = [
     "GateConfig",
     "KnnConfig",
     "MemoryConfig",
+    "MixtureConfig",
     "ModelConfig",
     "PersistentConfig",
     "RunConfig",
@@ -96,6 +98,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     knn: KnnConfig = field(default_factory=KnnConfig)
     dynamic: DynamicConfig = field(default_factory=DynamicConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -171,6 +171,19 @@ class DynamicConfig:
 
 
 @dataclass(frozen=True)
+class MixtureConfig:
+    """The mixture of all experts with fixed weights."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each expert by its name in the results, for example {base: 0.8, cache-500: 0.2}; empty: all the same."""
+
+    def __post_init__(self) -> None:
+        if self.weights:
+            fits = all(weight >= 0 for weight in self.weights.values()) and abs(sum(self.weights.values()) - 1) < 1e-6
+            require("mixture.weights", self.weights, fits, "numbers of 0 or more that sum to 1")
+
+
+@dataclass(frozen=True)
 class GateConfig:
     """How the gate over all experts learns from the stream; it needs no tuning."""
 
