@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mbpa_lm import commands, results
+from mbpa_lm import commands
 from mbpa_lm.config import Config
 from mbpa_lm.figures import FOLDER
+from mbpa_lm.results.__main__ import main
+from mbpa_lm.results.runs import TEXTS
 
 Options = Callable[..., list[str]]
 
@@ -28,7 +30,7 @@ def runs(options: Options, trained_run: Path, tmp_path_factory: pytest.TempPathF
 
 
 def write(folder: Path, output: Path) -> int:
-    return results.main([str(folder), "--output", str(output)])
+    return main([str(folder), "--output", str(output)])
 
 
 def test_every_number_of_a_run_is_on_the_page_with_where_it_came_from(runs: Path, tmp_path: Path) -> None:
@@ -81,4 +83,4 @@ def test_figures_are_drawn_for_one_expert_and_for_many(runs: Path, options: Opti
 
 
 def test_known_texts_are_corpora() -> None:
-    assert set(results.TEXTS) < set(Config.__dataclass_fields__["data"].type.__annotations__["corpus"].__args__)
+    assert set(TEXTS) < set(Config.__dataclass_fields__["data"].type.__annotations__["corpus"].__args__)

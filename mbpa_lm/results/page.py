@@ -1,23 +1,15 @@
-"""RESULTS.md from run folders: `python -m mbpa_lm.results FOLDER --output RESULTS.md`, or `make results`.
+"""The page: every number comes from a run, but what was published elsewhere."""
 
-FOLDER holds run folders of evaluate.py. Every number is read from their metrics.json; nothing is typed by hand but what was
-published elsewhere.
-"""
-
-import argparse
-import json
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbpa_lm.errors import DataError, MbpaError, reason
 from mbpa_lm.metrics import perplexity
 from mbpa_lm.mixed_scores import GATE
 from mbpa_lm.report import METRICS_FILE
+from mbpa_lm.results.runs import Run
 
 PUBLISHED = (
     ("AWD-LSTM", 57.3, 65.8, "Merity et al. 2018"),
@@ -26,7 +18,6 @@ PUBLISHED = (
 )
 """Model, test perplexity on Penn Treebank and on WikiText-2, and who reports it."""
 
-TEXTS = {"ptb": "Penn Treebank", "wikitext-2": "WikiText-2", "builtin": "Python's documentation"}
 GROUPS = {
     "by_training_frequency": "occurrences of the word in training",
     "by_recurrence": "occurrence in the stream",
@@ -38,91 +29,6 @@ FIGURES = {
     "gate_weights": "weights",
     "quality_against_cost": "cost",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """One evaluation."""
-
-    folder: Path
-    metrics: dict[str, Any]
-
-    @property
-    def experts(self) -> dict[str, Any]:
-        return dict(self.metrics["experts"])
-
-    @property
-    def text(self) -> str:
-        corpus = self.metrics["config"]["data"]["corpus"]
-        return f"{TEXTS.get(corpus, corpus)}, {self.split}"
-
-    @property
-    def split(self) -> str:
-        return str(self.metrics["stream"]["name"].split()[-1])
-
-    @property
-    def model(self) -> str:
-        model = self.metrics["config"]["model"]
-        if model["kind"] == "lstm":
-            return f"{model['layers']} x {model['hidden_size']} LSTM"
-        return f"{model['architecture']} ({self.metrics['parameters'] / 1e6:.1f} M)"
-
-    @property
-    def settings(self) -> str:
-        return "tuned on the validation text" if self.metrics["tuned_on"] else "nothing tuned"
-
-    @property
-    def seed(self) -> int:
-        return int(self.metrics["checkpoint"]["trained"].get("seed", self.metrics["config"]["run"]["seed"]))
-
-    def order(self) -> tuple[int, bool, str, bool, str]:
-        """Return what runs are sorted by: text, model, tuned or not, split, name."""
-        corpus = self.metrics["config"]["data"]["corpus"]
-        place = list(TEXTS).index(corpus) if corpus in TEXTS else len(TEXTS)
-        return place, self.metrics["config"]["model"]["kind"] != "lstm", self.settings, self.split != "test", self.folder.name
-
-    def is_like(self) -> str:
-        """Return what runs have in common that differ by their seed only."""
-        training = self.metrics["checkpoint"]["trained"].get("training")
-        config = self.metrics["config"]
-        return json.dumps([self.text, config["model"], training, self.settings, list(self.experts)], sort_keys=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mbpa_lm.results", description="Write RESULTS.md from run folders.")
-    parser.add_argument("folder", type=Path, help="Folder of run folders that evaluate.py wrote.")
-    parser.add_argument("--output", type=Path, default=Path("RESULTS.md"), help="File to write.")
-    options = parser.parse_args(arguments)
-    try:
-        page = results_page(load_runs(options.folder), options.folder)
-        try:
-            options.output.write_text(page, encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"{options.output} could not be written: {reason(error)}") from None
-    except MbpaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def load_runs(folder: Path) -> list[Run]:
-    """Read every run in a folder, in the order of the page. Raises DataError where there is none, or one cannot be read."""
-    runs = []
-    for path in sorted(folder.glob(f"*/{METRICS_FILE}")):
-        try:
-            run = Run(path.parent, json.loads(path.read_text(encoding="utf-8")))
-            run.order()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path} is not what evaluate.py writes now ({reason(error)}); run it again, or remove it"
-            ) from None
-        runs.append(run)
-    if not runs:
-        raise DataError(
-            f"{folder} holds no run with a {METRICS_FILE}; give the folder in which the run folders of evaluate.py lie"
-        )
-    return sorted(runs, key=Run.order)
 
 
 def results_page(runs: Sequence[Run], folder: Path) -> str:
@@ -310,7 +216,3 @@ def _short(number: float) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

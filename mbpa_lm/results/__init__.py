@@ -1,0 +1,1 @@
+"""RESULTS.md from run folders: `python -m mbpa_lm.results FOLDER`, or `make results`."""

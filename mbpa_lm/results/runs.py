@@ -1,0 +1,78 @@
+"""Run folders that evaluate.py wrote, read back."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbpa_lm.errors import DataError, reason
+from mbpa_lm.report import METRICS_FILE
+
+TEXTS = {"ptb": "Penn Treebank", "wikitext-2": "WikiText-2", "builtin": "Python's documentation"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+    @property
+    def experts(self) -> dict[str, Any]:
+        return dict(self.metrics["experts"])
+
+    @property
+    def text(self) -> str:
+        corpus = self.metrics["config"]["data"]["corpus"]
+        return f"{TEXTS.get(corpus, corpus)}, {self.split}"
+
+    @property
+    def split(self) -> str:
+        return str(self.metrics["stream"]["name"].split()[-1])
+
+    @property
+    def model(self) -> str:
+        model = self.metrics["config"]["model"]
+        if model["kind"] == "lstm":
+            return f"{model['layers']} x {model['hidden_size']} LSTM"
+        return f"{model['architecture']} ({self.metrics['parameters'] / 1e6:.1f} M)"
+
+    @property
+    def settings(self) -> str:
+        return "tuned on the validation text" if self.metrics["tuned_on"] else "nothing tuned"
+
+    @property
+    def seed(self) -> int:
+        return int(self.metrics["checkpoint"]["trained"].get("seed", self.metrics["config"]["run"]["seed"]))
+
+    def order(self) -> tuple[int, bool, str, bool, str]:
+        """Return what runs are sorted by: text, model, tuned or not, split, name."""
+        corpus = self.metrics["config"]["data"]["corpus"]
+        place = list(TEXTS).index(corpus) if corpus in TEXTS else len(TEXTS)
+        return place, self.metrics["config"]["model"]["kind"] != "lstm", self.settings, self.split != "test", self.folder.name
+
+    def is_like(self) -> str:
+        """Return what runs have in common that differ by their seed only."""
+        training = self.metrics["checkpoint"]["trained"].get("training")
+        config = self.metrics["config"]
+        return json.dumps([self.text, config["model"], training, self.settings, list(self.experts)], sort_keys=True)
+
+
+def load_runs(folder: Path) -> list[Run]:
+    """Read every run in a folder, in the order of the page. Raises DataError where there is none, or one cannot be read."""
+    runs = []
+    for path in sorted(folder.glob(f"*/{METRICS_FILE}")):
+        try:
+            run = Run(path.parent, json.loads(path.read_text(encoding="utf-8")))
+            run.order()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} is not what evaluate.py writes now ({reason(error)}); run it again, or remove it"
+            ) from None
+        runs.append(run)
+    if not runs:
+        raise DataError(
+            f"{folder} holds no run with a {METRICS_FILE}; give the folder in which the run folders of evaluate.py lie"
+        )
+    return sorted(runs, key=Run.order)
