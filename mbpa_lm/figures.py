@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from mbpa_lm.errors import RunFolderError, reason
 from mbpa_lm.mixed_scores import GATE, UNIFORM
@@ -91,6 +92,9 @@ def quality_against_cost(metrics: Metrics) -> Figure:
         axes.scatter(values["tokens_per_second"], values["perplexity"], color=style["color"])
         axes.annotate(name, (values["tokens_per_second"], values["perplexity"]), (4, 3), textcoords="offset points", fontsize=7)
     axes.set(xlabel=f"tokens a second, alone ({metrics['machine'].split(',')[0]})", ylabel="perplexity", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
