@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def _print_groups(title: str, experts: Mapping[str, Any], group: str) -> None:
     table = Table(title=f"{title}; of the others, change against base", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("expert", no_wrap=True)
     for row, values in base.items():
-        table.add_column(f"{row}\n({values['tokens']:,})", justify="right")
+        label = re.sub(r"(?<=\d)-(?=\d)", "-\n", row)  # a range of large numbers is wider than what stands below it
+        table.add_column(f"{label}\n({values['tokens']:,})", justify="right")
     table.add_row("base", *(f"{values['perplexity']:,.1f}" for values in base.values()))
     for name, values in experts.items():
         if name != "base":

@@ -84,3 +84,12 @@ def test_figures_are_drawn_for_one_expert_and_for_many(runs: Path, options: Opti
 
 def test_known_texts_are_corpora() -> None:
     assert set(TEXTS) < set(Config.__dataclass_fields__["data"].type.__annotations__["corpus"].__args__)
+
+
+def test_a_run_of_the_base_model_alone_is_refused(
+    options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.evaluate(options(tmp_path / "one", "--checkpoint", str(trained_run), "--experts", "base")) == 0
+    capsys.readouterr()
+    assert write(tmp_path, tmp_path / "page") == 3
+    assert "is of the base model alone" in capsys.readouterr().err

@@ -37,7 +37,8 @@ def results_page(runs: Sequence[Run], folder: Path) -> str:
         "# Results",
         f"Written by `python -m mbpa_lm.results {folder}` from the run folders there: every number comes from the "
         f"`{METRICS_FILE}` of the run that is named beside it, and the command that made it is there too. Nothing was chosen "
-        "on a test text.",
+        'on a test text. "As configured" are the defaults and the file in `configs/`, some of which were chosen on validation '
+        "texts (`docs/log.md`).",
         "## At a glance",
         _overview(runs),
         *_seeds(runs),

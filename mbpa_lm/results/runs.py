@@ -40,7 +40,7 @@ class Run:
 
     @property
     def settings(self) -> str:
-        return "tuned on the validation text" if self.metrics["tuned_on"] else "nothing tuned"
+        return "tuned on the validation text" if self.metrics["tuned_on"] else "as configured"
 
     @property
     def seed(self) -> int:
@@ -70,6 +70,8 @@ def load_runs(folder: Path) -> list[Run]:
             raise DataError(
                 f"{path} is not what evaluate.py writes now ({reason(error)}); run it again, or remove it"
             ) from None
+        if "gate" not in run.metrics:
+            raise DataError(f"{path} is of the base model alone, and the page is about mixtures; run it with more --experts")
         runs.append(run)
     if not runs:
         raise DataError(
