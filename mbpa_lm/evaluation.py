@@ -52,8 +52,9 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
         sections = ", ".join(tuned.settings)
         console.print(f"as tuned on {tuned.stream}: {sections}; --evaluation.tuned false takes the configured settings")
     experts = make_experts(config, checkpoint)
-    _check_names(config, [expert.name for expert in experts])
-    slow_weights = make_slow_weights(config, checkpoint) if any(expert.needs_slow_weights for expert in experts) else None
+    names = [expert.name for expert in experts]
+    _check_names(config, names)
+    slow_weights = make_slow_weights(config, checkpoint, experts)
     metric = None if tuned is None else tuned.metric_tensor()
     _load_compiled_loops(config, checkpoint, stream, metric)
     memory = make_window(config, model, metric)
@@ -73,14 +74,14 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
         mixed = None
         if len(experts) > 1:
             rule = GateRule(tuple(config.gate.rates), config.gate.shared)
-            weights = _tuned_weights(tuned, [expert.name for expert in experts])
+            weights = _tuned_weights(tuned, names)
             fixed = config.mixture.weights
             mixed = mixed_scores(scores, experts, rule, model.vocabulary_size, config.run.seed, fixed, weights)
             scores.losses |= mixed.losses
             scores.seconds |= mixed.seconds
         metrics = _metrics(config, checkpoint, stream, scores, details)
         if mixed is not None:
-            metrics["gate"] = _gate_metrics(mixed, [expert.name for expert in experts])
+            metrics["gate"] = _gate_metrics(mixed, names)
         metrics["tuned_on"] = None if tuned is None else {"stream": tuned.stream, "losses": tuned.losses}
         path = write_results(Path(config.run.folder), metrics, scores)
         _log_metrics(log, metrics)
@@ -146,7 +147,7 @@ def _show(progress: ProgressBar) -> Callable[[int, StreamScores], None]:
         nonlocal done
         for name, losses in scores.losses.items():
             totals[name] += float(losses[done:scored].sum(dtype=np.float64))
-        progress.advance(scored - done, ", ".join(f"{name} {perplexity(sum_ / scored):.1f}" for name, sum_ in totals.items()))
+        progress.reach(scored, ", ".join(f"{name} {perplexity(sum_ / scored):.1f}" for name, sum_ in totals.items()))
         done = scored
 
     return show

@@ -44,7 +44,7 @@ def mixed_scores(
     distribution, that were best on another text; without them there is no such mixture.
     """
     names = [expert.name for expert in experts]
-    components = with_uniform(np.stack([scores.components[name] for name in names], axis=1), vocabulary)
+    components = all_components(scores, names, vocabulary)
     parts = {part for expert in experts for part in [*shared_work(expert), expert.name]}
     needed = sum(scores.part_seconds[part] for part in parts)
     start = time.perf_counter()
@@ -75,6 +75,11 @@ def mixed_scores(
         with_noise=-float(_gate(noisy, scores.features, rule)[0].mean()),
         best_fixed=-float(mix(components, best_weights(components)).mean()),
     )
+
+
+def all_components(scores: StreamScores, names: Sequence[str], vocabulary: int) -> np.ndarray:
+    """Return the log-probabilities (n, E + 1) that the named experts and the uniform distribution gave."""
+    return with_uniform(np.stack([scores.components[name] for name in names], axis=1), vocabulary)
 
 
 def _gate(components: np.ndarray, features: np.ndarray, rule: GateRule) -> tuple[np.ndarray, np.ndarray]:

@@ -43,6 +43,10 @@ class ProgressBar:
             self._last_line = time.monotonic()
             console.print(f"{self._what}: {self._text()}")
 
+    def reach(self, done: int, note: str = "") -> None:
+        """Say that `done` units have been made so far."""
+        self.advance(done - self._done, note)
+
     def _text(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
         share = f"{self._done / self._total:4.0%} of {self._total:,}" if self._total else f"{self._done:,}"
@@ -58,11 +62,4 @@ class ProgressBar:
 def token_progress(what: str) -> Iterator[Callable[[int], None]]:
     """Give a function that is told how many tokens have been made so far, out of an unknown number."""
     with ProgressBar(what, None) as bar:
-        done = 0
-
-        def tell(count: int) -> None:
-            nonlocal done
-            bar.advance(count - done)
-            done = count
-
-        yield tell
+        yield bar.reach

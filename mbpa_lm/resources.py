@@ -55,8 +55,13 @@ def make_history(experts: Sequence[Expert], model: LanguageModel) -> StreamHisto
     return StreamHistory(size, model.hidden_size, weight.dtype, weight.device) if size else None
 
 
-def make_slow_weights(config: Config, checkpoint: Checkpoint) -> SlowWeights:
-    """Return the trained output layer, ready to follow a stream; gradients are measured where they are not kept."""
+def make_slow_weights(config: Config, checkpoint: Checkpoint, experts: Sequence[Expert]) -> SlowWeights | None:
+    """Return the trained output layer, ready to follow a stream, None where no expert needs it.
+
+    Gradients are measured where they are not kept.
+    """
+    if not any(expert.needs_slow_weights for expert in experts):
+        return None
     persistent = config.persistent
     with token_progress("measuring gradients on the training text") as progress:
         tokens = partial(training_tokens, config, checkpoint)

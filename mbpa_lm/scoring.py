@@ -58,7 +58,7 @@ def score_stream(
     losses, components = ({expert.name: np.empty(count, dtype=np.float32) for expert in experts} for _ in range(2))
     scores = StreamScores(losses, components, np.zeros((count, len(FEATURES)), dtype=np.float32))
     neighbours = max(expert.neighbours for expert in experts)
-    directions = principal_directions(model.output_layer().weight)
+    directions = principal_directions(model.output_layer().weight) if len(experts) > 1 else None
     # A memory that searches what the caches look at needs no products of its own.
     one_retrieval = history is not None and memory.takes_products(history.size)
     clock = _Clock(device)
@@ -91,7 +91,7 @@ def score_stream(
         if slow_weights is not None:
             from_slow_weights = [expert for expert in experts if expert.needs_slow_weights]
             _score_from_slow_weights(from_slow_weights, slow_weights, chunk, targets_C, scores, begin, clock)
-        if len(experts) > 1:
+        if directions is not None:
             with clock.measure("features"):
                 scores.features[begin:end] = features(chunk, begin, directions).float().cpu().numpy()
         scores.part_seconds |= clock.seconds

@@ -74,31 +74,24 @@ class FittedAdaptation:
 def tune_adaptation(validation: Validation) -> FittedAdaptation:
     """Fit on the validation text. Raises DataError where it is too short."""
     config = validation.config
+    losses: dict[str, float] = {}
     best: tuple[float, Fit, _Task] | None = None
-    configured: tuple[_Task, float] | None = None
     for size in _windows(config):
         task = _task(validation, size)
-        if configured is None:  # the first window is the configured one
-            configured = (
-                task,
-                task.held_out_mean(_configured(config, task), config.adaptation.kernel == "gaussian", longest=math.inf),
-            )
+        if not losses:  # the first window is the configured one
+            losses["base"] = float(-of_targets(task.examples.rows(task.held_out)).mean())
+            is_gaussian = config.adaptation.kernel == "gaussian"
+            losses["configured"] = task.held_out_mean(_configured(config, task), is_gaussian, longest=math.inf)
         found = min(_grid(config, task, is_gaussian=False), key=lambda pair: pair[0])
         if best is None or found[0] < best[0]:
             best = (*found, task)
     assert best is not None
-    assert configured is not None
     _, grid_point, task = best
     with ProgressBar(f"fitting the adaptation on {validation.stream.name}", 2 * EPOCHS, "passes") as progress:
         kept = _descend(task, grid_point, False, progress)
         kept += _descend(task, min(_grid(config, task, is_gaussian=True), key=lambda pair: pair[0])[1], True, progress)
     loss, fit, is_gaussian = min(kept, key=lambda candidate: candidate[0])
-    losses = {
-        "base": float(-of_targets(configured[0].examples.rows(configured[0].held_out)).mean()),
-        "configured": configured[1],
-        "best grid point": task.held_out_mean(grid_point, False),
-        "tuned": loss,
-    }
+    losses |= {"best grid point": task.held_out_mean(grid_point, False), "tuned": loss}
     return _fitted(config, fit, is_gaussian, task, losses)
 
 
@@ -124,17 +117,14 @@ class _Task:
     def longest(self) -> float:
         return LONGEST_STEP / self.norm
 
-    def losses(self, fit: Fit, is_gaussian: bool, rows: Tensor) -> Tensor:
-        """Return the loss of each mixed prediction, differentiable in the fit."""
-        return mixed_losses(self.examples.rows(rows), fit, self.neighbours, self.typical, is_gaussian, self.longest)
+    def losses(self, fit: Fit, is_gaussian: bool, rows: Tensor, longest: float | None = None) -> Tensor:
+        """Return the loss of each mixed prediction, differentiable in the fit; `longest` is that of a step if it is given."""
+        longest = self.longest if longest is None else longest
+        return mixed_losses(self.examples.rows(rows), fit, self.neighbours, self.typical, is_gaussian, longest)
 
     @torch.no_grad()
     def held_out_mean(self, fit: Fit, is_gaussian: bool, longest: float | None = None) -> float:
-        longest = self.longest if longest is None else longest
-        parts = [
-            mixed_losses(self.examples.rows(rows), fit, self.neighbours, self.typical, is_gaussian, longest)
-            for rows in self.held_out.split(AT_ONCE)
-        ]
+        parts = [self.losses(fit, is_gaussian, rows, longest) for rows in self.held_out.split(AT_ONCE)]
         return float(torch.cat(parts).mean())
 
     @torch.no_grad()

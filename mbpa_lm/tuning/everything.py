@@ -9,8 +9,8 @@ import numpy as np
 from mbpa_lm.checkpoint import Checkpoint
 from mbpa_lm.config import Config
 from mbpa_lm.data.streams import TokenStream
-from mbpa_lm.mixed_scores import UNIFORM
-from mbpa_lm.mixture import best_weights, mix, with_uniform
+from mbpa_lm.mixed_scores import UNIFORM, all_components
+from mbpa_lm.mixture import best_weights, mix
 from mbpa_lm.resources import make_experts, make_training_store
 from mbpa_lm.tuned import Tuned
 from mbpa_lm.tuning.adaptation import tune_adaptation
@@ -56,7 +56,7 @@ def tune(config: Config, checkpoint: Checkpoint, stream: TokenStream, earlier: T
         return tuned
     scores = replace(validation, config=tuned.apply(config)).score("weighing all experts", experts, tuned=tuned)
     names = [expert.name for expert in experts]
-    components = with_uniform(np.stack([scores.components[name] for name in names], axis=1), checkpoint.model.vocabulary_size)
+    components = all_components(scores, names, checkpoint.model.vocabulary_size)
     weights = best_weights(components)
     of_mixture = {
         "base": -float(scores.components["base"].mean(dtype=np.float64)),

@@ -32,15 +32,8 @@ class Validation:
         """Run experts over the text, with a memory as configured and the metric of `tuned` where none is given."""
         config, model = self.config, self.checkpoint.model
         metric = None if tuned is None else tuned.metric_tensor()
-        slow_weights = make_slow_weights(config, self.checkpoint) if any(one.needs_slow_weights for one in experts) else None
+        slow_weights = make_slow_weights(config, self.checkpoint, experts)
         with ProgressBar(f"{what} on {self.stream.name}", len(self.stream) - 1) as progress:
-            done = 0
-
-            def show(scored: int, _: StreamScores) -> None:
-                nonlocal done
-                progress.advance(scored - done)
-                done = scored
-
             return score_stream(
                 model,
                 self.stream.tokens,
@@ -49,5 +42,5 @@ class Validation:
                 config.evaluation.chunk_length,
                 slow_weights,
                 make_history(experts, model),
-                show,
+                lambda scored, _: progress.reach(scored),
             )
