@@ -18,8 +18,9 @@ from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
 from mbpa_lm.errors import ConfigError, did_you_mean
+from mbpa_lm.features import FEATURES
 from mbpa_lm.figures import write_figures
-from mbpa_lm.gate import GateRule
+from mbpa_lm.gate import GateRule, OnlineGate
 from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes, pick_device
 from mbpa_lm.metrics import SEGMENTS, Targets, perplexity, summarize
 from mbpa_lm.mixed_scores import UNIFORM, MixedScores, mixed_scores
@@ -73,10 +74,9 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
         details = {expert.name: expert.details() for expert in experts}
         mixed = None
         if len(experts) > 1:
-            rule = GateRule(tuple(config.gate.rates), config.gate.shared)
             weights = _tuned_weights(tuned, names)
             fixed = config.mixture.weights
-            mixed = mixed_scores(scores, experts, rule, model.vocabulary_size, config.run.seed, fixed, weights)
+            mixed = mixed_scores(scores, experts, _gate_rule(config), model.vocabulary_size, config.run.seed, fixed, weights)
             scores.losses |= mixed.losses
             scores.seconds |= mixed.seconds
         metrics = _metrics(config, checkpoint, stream, scores, details)
@@ -103,6 +103,11 @@ def _load_compiled_loops(config: Config, checkpoint: Checkpoint, stream: TokenSt
         make_history(experts, checkpoint.model),
     )
     score_stream(checkpoint.model, stream.tokens[:4], experts, *parts)
+    OnlineGate(2, len(FEATURES), _gate_rule(config)).score(np.zeros((1, 2)), np.zeros((1, len(FEATURES))))
+
+
+def _gate_rule(config: Config) -> GateRule:
+    return GateRule(tuple(config.gate.rates), config.gate.shared)
 
 
 def _tune(config: Config, checkpoint: Checkpoint) -> None:
