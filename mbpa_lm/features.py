@@ -5,12 +5,9 @@ Dimensions: `C` positions of a chunk, `V` vocabulary, `d` hidden size, `F` featu
 
 import math
 
-import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
-from mbpa_lm.compiled import can_take, compiled_loop, exponential
 from mbpa_lm.experts.base import Chunk
 
 DIRECTIONS = 4
@@ -46,10 +43,12 @@ def features(chunk: Chunk, first: int, directions_dn: Tensor) -> Tensor:
     Args: directions from `principal_directions`.
     """
     base_CV = chunk.base_log_probabilities
-    entropies_C, likeliest_C, top_C = _of_distributions(base_CV)
+    top = base_CV.max(dim=1)
     rows_C = torch.arange(first, first + len(base_CV), device=base_CV.device, dtype=base_CV.dtype)
     found_CF = base_CV.new_zeros(len(base_CV), len(FEATURES))
-    found_CF[:, 0], found_CF[:, 1] = entropies_C, top_C
+    # Not in a compiled loop: Numba's code rounds otherwise in the process that compiles it, and a gate remembers every rounding.
+    found_CF[:, 0] = -(base_CV.exp() * base_CV).sum(dim=1)
+    found_CF[:, 1] = top.values
     found_CF[:, 3] = torch.log1p(rows_C)
     if chunk.neighbours is not None:
         present_CK = chunk.neighbours.positions >= 0
@@ -58,33 +57,7 @@ def features(chunk: Chunk, first: int, directions_dn: Tensor) -> Tensor:
         nearest_C = chunk.neighbours.squared_distances[:, 0]
         found_CF[:, 2] = torch.where(present_CK[:, 0], nearest_C.clamp(min=1e-6).log(), math.log(1e-6))
         found_CF[:, 4] = ((values_CK == values_CK[:, :1]) & present_CK).sum(1) / counts_C
-        found_CF[:, 5] = ((values_CK == likeliest_C[:, None]) & present_CK).sum(1) / counts_C
+        found_CF[:, 5] = ((values_CK == top.indices[:, None]) & present_CK).sum(1) / counts_C
     along_Cn = chunk.hidden_states @ directions_dn
     found_CF[:, FIRST_DIRECTION : FIRST_DIRECTION + along_Cn.shape[1]] = along_Cn
     return found_CF
-
-
-def _of_distributions(log_probabilities_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the entropies (C,), the likeliest words (C,) int64 and their log-probabilities (C,)."""
-    if can_take(log_probabilities_CV) and log_probabilities_CV.dtype == torch.float32:
-        entropies_C, top_C = torch.empty(2, len(log_probabilities_CV))
-        likeliest_C = torch.empty(len(log_probabilities_CV), dtype=torch.int64)
-        _look(*(tensor.numpy() for tensor in (log_probabilities_CV, entropies_C, likeliest_C, top_C)))
-        return entropies_C, likeliest_C, top_C
-    top = log_probabilities_CV.max(dim=1)
-    return -(log_probabilities_CV.exp() * log_probabilities_CV).sum(dim=1), top.indices, top.values
-
-
-@compiled_loop
-def _look(log_probabilities: np.ndarray, entropies: np.ndarray, likeliest: np.ndarray, top: np.ndarray) -> None:
-    """Set entropies, likeliest words and their log-probabilities (C,) from float32 log-probabilities (C, V)."""
-    for row in prange(len(log_probabilities)):
-        total, largest = np.float32(0), np.float32(-np.inf)
-        for word in range(log_probabilities.shape[1]):
-            number = log_probabilities[row, word]
-            total -= exponential(number) * number
-            largest = max(largest, number)
-        entropies[row], top[row] = total, largest
-        for word in range(log_probabilities.shape[1] - 1, -1, -1):
-            if log_probabilities[row, word] == largest:
-                likeliest[row] = word
