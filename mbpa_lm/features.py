@@ -46,7 +46,7 @@ def features(chunk: Chunk, first: int, directions_dn: Tensor) -> Tensor:
     top = base_CV.max(dim=1)
     rows_C = torch.arange(first, first + len(base_CV), device=base_CV.device, dtype=base_CV.dtype)
     found_CF = base_CV.new_zeros(len(base_CV), len(FEATURES))
-    # Not in a compiled loop: Numba's code rounds otherwise in the process that compiles it, and a gate remembers every rounding.
+    # Not in a compiled loop: in the process that compiles it Numba rounds otherwise, and a gate remembers every rounding.
     found_CF[:, 0] = -(base_CV.exp() * base_CV).sum(dim=1)
     found_CF[:, 1] = top.values
     found_CF[:, 3] = torch.log1p(rows_C)
