@@ -12,7 +12,6 @@ happens in between, the previous checkpoint is whole.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from mbpa_lm.config import Config, ModelConfig
 from mbpa_lm.data.tokenizers import Tokenizer, load_tokenizer
+from mbpa_lm.durable import file_hash, replace_json, sync, write_json
 from mbpa_lm.errors import CheckpointError, ConfigError, reason
 from mbpa_lm.models.build import Model, build_model
 
@@ -83,7 +83,7 @@ def save_checkpoint(
         try:
             save_file({**_distinct_weights(model), COUNTS: token_counts}, temporary / "model.safetensors")
             save_file(position.tensors, temporary / "training.safetensors")
-            _write_json(temporary / "training.json", position.values)
+            write_json(temporary / "training.json", position.values)
             (temporary / "tokenizer").mkdir()
             tokenizer.save(temporary / "tokenizer")
             manifest = {
@@ -97,14 +97,14 @@ def save_checkpoint(
                     "settings": dataclasses.asdict(config.tokenizer),
                 },
                 "corpus": corpus,
-                "files": {name: _file_hash(temporary / name) for name in ("model.safetensors", "training.safetensors")},
+                "files": {name: file_hash(temporary / name) for name in ("model.safetensors", "training.safetensors")},
             }
-            _write_json(temporary / "manifest.json", manifest)
+            write_json(temporary / "manifest.json", manifest)
             for file in temporary.rglob("*"):
-                _sync(file)
+                sync(file)
             shutil.rmtree(target, ignore_errors=True)  # only ever one that no pointer names: a step is saved once
             os.replace(temporary, target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         pointers = {"best": target.name if is_best else pointers.get("best", target.name), "last": target.name}
@@ -126,7 +126,7 @@ def load_checkpoint(path: Path, which: str = "best", with_position: bool = False
         for name, expected in manifest["files"].items():
             if name == "training.safetensors" and not with_position:
                 continue
-            if _file_hash(folder / name) != expected:
+            if file_hash(folder / name) != expected:
                 raise CheckpointError(f"{folder / name} is damaged: its content is not what was saved; use another checkpoint")
         tokenizer = load_tokenizer(manifest["tokenizer"]["kind"], folder / "tokenizer")
         found, wanted = tokenizer.fingerprint(), manifest["tokenizer"]["fingerprint"]
@@ -247,32 +247,3 @@ def _report_failure(target: Path, previous: str | None) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         kept = f"; the previous checkpoint {previous} is untouched, free some space and go on with --resume"
         raise CheckpointError(f"could not save {target}: {reason(error)}{kept if previous else ''}") from None
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def replace_json(path: Path, values: Any) -> None:
-    """Write a JSON file whole or not at all; raises OSError where it cannot."""
-    temporary = path.with_name(f".{path.name}.saving")
-    try:
-        _write_json(temporary, values)
-        _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -55,6 +55,12 @@ class RunFolderError(MbpaError):
     exit_code = 6
 
 
+class DatastoreError(MbpaError):
+    """A memory on disk or in a database that is missing, damaged, of another model, or cannot be written."""
+
+    exit_code = 7
+
+
 class AdaptationError(MbpaError):
     """Settings under which the adapted softmax layer stops being finite, or that no solver offers."""
 

@@ -55,6 +55,15 @@ def bfloat16_is_faster(device: torch.device, size: int = 1024, repeats: int = 3)
     return seconds(torch.float32) > 1.5 * seconds(torch.bfloat16)
 
 
+def resident_bytes() -> int:
+    """Return the memory of this process that is resident now; its peak so far where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory_bytes()
+
+
 def peak_memory_bytes() -> int:
     """Return the most resident memory that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

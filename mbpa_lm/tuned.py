@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbpa_lm.checkpoint import replace_json
 from mbpa_lm.config import Config
+from mbpa_lm.durable import replace_json
 from mbpa_lm.errors import CheckpointError, MbpaError, RunFolderError, reason
 
 FILE = "tuned.json"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mbpa_lm import checkpoint, commands
 from mbpa_lm.checkpoint import find_checkpoint, load_checkpoint
+from mbpa_lm.durable import file_hash
 from mbpa_lm.errors import CheckpointError
 
 Options = Callable[..., list[str]]
@@ -66,7 +67,7 @@ def other_weights(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["embedding.weight"] = torch.zeros(3, 4)
     save_file(tensors, folder / "model.safetensors")
-    hashes = {name: checkpoint._file_hash(folder / name) for name in ("model.safetensors",)}
+    hashes = {name: file_hash(folder / name) for name in ("model.safetensors",)}
     rewrite_manifest(folder, files=hashes)
 
 
@@ -138,7 +139,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(opt
     load_checkpoint(run)
 
 
-@pytest.mark.parametrize("call", ["save_file", "_write_json", "replace_json", "_sync"])
+@pytest.mark.parametrize("call", ["save_file", "write_json", "replace_json", "sync"])
 def test_whatever_write_fails_the_run_loads_as_before(
     options: Options, tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 Dimensions: `C` positions of a chunk, `K` neighbours, `c` likely words an entry, `d` hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +36,18 @@ class Neighbours:
     entries: Entries  # (C, K, ...)
     squared_distances: Tensor  # (C, K), inf where empty
     positions: Tensor  # (C, K) int64, how many entries were written before this one; -1 where empty
+
+    @classmethod
+    def joined(cls, parts: Sequence["Neighbours"]) -> "Neighbours":
+        """Return those of several runs of queries as one."""
+        if len(parts) == 1:
+            return parts[0]
+        entries = Entries(*(torch.cat(column) for column in zip(*(part.entries.tensors() for part in parts), strict=True)))
+        return cls(
+            entries,
+            torch.cat([part.squared_distances for part in parts]),
+            torch.cat([part.positions for part in parts]),
+        )
 
     def first(self, count: int) -> "Neighbours":
         """Return the nearest `count` of them."""

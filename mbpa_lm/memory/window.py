@@ -65,13 +65,7 @@ class WindowMemory:
             piece = Entries(*(tensor[rows] for tensor in entries.tensors()))
             own = None if products is None else products[rows, : products.shape[1] - (chunk - rows.stop)]
             parts.append(self._read_and_write_some(piece, count, own))
-        if len(parts) == 1:
-            return parts[0]
-        return Neighbours(
-            Entries(*(torch.cat(column) for column in zip(*(part.entries.tensors() for part in parts), strict=True))),
-            torch.cat([part.squared_distances for part in parts]),
-            torch.cat([part.positions for part in parts]),
-        )
+        return Neighbours.joined(parts)
 
     def _read_and_write_some(self, entries: Entries, count: int, products: Tensor | None) -> Neighbours:
         """Answer and store; the last column of the products, if there are any, is the last of these entries."""

@@ -44,11 +44,7 @@ def read_in_chunks(
         products = None if history is None else history.read_and_write(piece.keys, piece.values).products
         parts.append(memory.read_and_write(piece, K, products))
     assert len(memory) == min(size, count)
-    return Neighbours(
-        Entries(*(torch.cat(column) for column in zip(*(part.entries.tensors() for part in parts), strict=True))),
-        torch.cat([part.squared_distances for part in parts]),
-        torch.cat([part.positions for part in parts]),
-    )
+    return Neighbours.joined(parts)
 
 
 def search_plainly(size: int, stream: Entries, K: int, metric: torch.Tensor | None = None) -> Neighbours:

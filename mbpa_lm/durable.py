@@ -1,0 +1,54 @@
+"""Files that are whole whatever happens: written beside, synced, renamed."""
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file in place."""
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def replace_json(path: Path, values: Any) -> None:
+    """Write a JSON file whole or not at all; raises OSError where it cannot."""
+    temporary = path.with_name(f".{path.name}.saving")
+    try:
+        write_json(temporary, values)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def take_lock(path: Path) -> int | None:
+    """Return a descriptor that holds a file locked until it is closed or the process ends; None where another holds it.
+
+    Raises OSError where the file cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

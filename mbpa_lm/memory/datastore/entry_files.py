@@ -1,0 +1,189 @@
+"""The columns of a datastore: one file each, one row an entry, memory-mapped, appended to and never changed.
+
+Every block of BLOCK rows has a checksum, the last one of the rows it has so far. Rows beyond the acknowledged count are what
+an interrupted write left; they are ignored, and cut off by the next writer.
+
+Dimensions: `N` entries, `d` hidden size, `c` likely words.
+"""
+
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbpa_lm.errors import DatastoreError, reason
+from mbpa_lm.machine import resident_bytes
+from mbpa_lm.memory.base import Entries
+from mbpa_lm.memory.datastore.checksums import BlockChecksums
+from mbpa_lm.memory.datastore.manifest import Layout
+
+BLOCK = 1 << 16
+READ_AT_ONCE = 1 << 23
+"""Bytes that are read at once where a whole file is."""
+PAGES_AT_ONCE = 1 << 16
+"""Bytes that may become resident when one row is read: the kernel maps neighbouring pages too."""
+STORED_AS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One file: rows of `width` numbers; bfloat16, which NumPy has not, lies in its 16 bits."""
+
+    file: str
+    stored: torch.dtype
+    bits: np.dtype[Any]
+    width: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.bits.itemsize * self.width
+
+    def encode(self, tensor: Tensor) -> bytes:
+        """Return rows as they lie in the file."""
+        rows = tensor.detach().cpu().to(self.stored).contiguous()
+        return (rows.view(torch.int16) if self.stored == torch.bfloat16 else rows).numpy().tobytes()
+
+    def decode(self, rows: np.ndarray) -> Tensor:
+        """Return rows of the file as a tensor of the stored type."""
+        tensor = torch.from_numpy(rows)
+        return tensor.view(torch.bfloat16) if self.stored == torch.bfloat16 else tensor
+
+
+def columns(layout: Layout) -> dict[str, Column]:
+    """Return the columns of a layout, by the names that Entries gives them, and the documents."""
+    key_bits = {"float16": "<f2", "bfloat16": "<i2", "float32": "<f4"}[layout.key_type]
+    found = {
+        "keys": Column("keys.bin", STORED_AS[layout.key_type], np.dtype(key_bits), layout.hidden_size),
+        "values": Column("values.bin", torch.int32, np.dtype("<i4"), 1),
+        "log_partitions": Column("log_partitions.bin", torch.float32, np.dtype("<f4"), 1),
+        "documents": Column("documents.bin", torch.int32, np.dtype("<i4"), 1),
+    }
+    if layout.likely_words:
+        found["likely_words"] = Column("likely_words.bin", torch.int32, np.dtype("<i4"), layout.likely_words)
+        probabilities = Column("likely_probabilities.bin", torch.float16, np.dtype("<f2"), layout.likely_words)
+        found["likely_probabilities"] = probabilities
+    return found
+
+
+class EntryFiles:
+    """The acknowledged rows of all columns, and the way to write more of them."""
+
+    def __init__(self, folder: Path, layout: Layout, count: int, memory_limit: int = 0) -> None:
+        """Map `count` rows; raises DatastoreError where a file is shorter.
+
+        Args: memory_limit: resident bytes of the process above which pages that were read are given back; 0: none.
+        """
+        self.columns = columns(layout)
+        self.memory_limit = memory_limit
+        self.layout = layout
+        self._folder, self._count = folder, count
+        self._maps = self._mapped()
+        self._checksums: dict[str, BlockChecksums] = {}  # of all acknowledged rows; made when something is first written
+        self._appended: dict[str, BlockChecksums] = {}  # with the rows that are not acknowledged yet
+
+    def create(self) -> None:
+        """Make empty files."""
+        for column in self.columns.values():
+            (self._folder / column.file).touch(exist_ok=False)
+
+    def rows(self, name: str, rows: np.ndarray) -> Tensor:
+        """Return the given rows (n,) of a column: (n, width)."""
+        column, found = self.columns[name], np.empty((len(rows), self.columns[name].width), self.columns[name].bits)
+        step = max(1, self.memory_limit // 8 // PAGES_AT_ONCE) if self.memory_limit else max(1, len(rows))
+        for begin in range(0, len(rows), step):
+            np.take(self._maps[name], rows[begin : begin + step], axis=0, out=found[begin : begin + step], mode="clip")
+            self.keep_to_limit()
+        return column.decode(found)
+
+    def between(self, name: str, begin: int, end: int) -> Tensor:
+        """Return a copy of consecutive rows of a column: (end - begin, width)."""
+        found = self.columns[name].decode(np.array(self._maps[name][begin:end]))
+        self.keep_to_limit()
+        return found
+
+    def keys(self, begin: int, end: int) -> np.ndarray:
+        """Return consecutive keys (end - begin, d) in single precision."""
+        return np.asarray(self.between("keys", begin, end).float().numpy())
+
+    def keep_to_limit(self) -> None:
+        """Give back the pages that reading has made resident where there are too many; the disk's cache keeps them."""
+        if self.memory_limit and resident_bytes() > self.memory_limit * 3 // 4:
+            for mapped in self._maps.values():
+                mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+    def append(self, entries: Entries, documents_N: Tensor, checksums: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Write rows behind the acknowledged ones, synced, and return the checksums of all blocks with them.
+
+        They exist once a manifest counts them; then `acknowledge` is to be told. Args: checksums, of the rows before. Raises
+        OSError where they cannot be written.
+        """
+        names = ("keys", "values", "log_partitions", "likely_words", "likely_probabilities")
+        tensors = {**dict(zip(names, entries.tensors(), strict=True)), "documents": documents_N}
+        self._appended = {}
+        for name, column in self.columns.items():
+            if name not in self._checksums:
+                self._checksums[name] = self._checksums_so_far(name, checksums.get(column.file, []))
+            data, end = column.encode(tensors[name]), self._count * column.row_bytes
+            with (self._folder / column.file).open("r+b") as file:
+                file.truncate(end)
+                file.seek(end)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            self._appended[name] = self._checksums[name].copy()
+            self._appended[name].update(data)
+        return {column.file: self._appended[name].digests() for name, column in self.columns.items()}
+
+    def acknowledge(self, count: int) -> None:
+        """Show the rows that were appended: a manifest counts them now."""
+        self._checksums, self._appended, self._count = self._appended, {}, count
+        self._maps = self._mapped()
+
+    def damaged(self, checksums: dict[str, list[str]], on_progress: Callable[[int], None] = lambda size: None) -> str | None:
+        """Return which rows of which file are not what was written, None where all are; `on_progress` is told bytes."""
+        for name, column in self.columns.items():
+            digests = checksums.get(column.file, [])
+            if len(digests) != -(-self._count // BLOCK):
+                return f"{column.file} (no checksums)"
+            for number, digest in enumerate(digests):
+                begin, end = number * BLOCK, min((number + 1) * BLOCK, self._count)
+                found = BlockChecksums(BLOCK * column.row_bytes)
+                self._read(name, begin, end, found)
+                if found.digests() != [digest]:
+                    return f"{column.file} (entries {begin:,} to {end - 1:,})"
+                on_progress((end - begin) * column.row_bytes)
+        return None
+
+    def _checksums_so_far(self, name: str, digests: list[str]) -> BlockChecksums:
+        finished = self._count // BLOCK
+        found = BlockChecksums(BLOCK * self.columns[name].row_bytes, digests[:finished])
+        self._read(name, finished * BLOCK, self._count, found)
+        return found
+
+    def _read(self, name: str, begin: int, end: int, checksums: BlockChecksums) -> None:
+        step = max(1, READ_AT_ONCE // self.columns[name].row_bytes)
+        for first in range(begin, end, step):
+            checksums.update(self._maps[name][first : min(first + step, end)].tobytes())
+            self.keep_to_limit()
+
+    def _mapped(self) -> dict[str, np.memmap]:
+        maps = {}
+        for name, column in self.columns.items() if self._count else ():
+            path, wanted = self._folder / column.file, self._count * column.row_bytes
+            try:
+                if path.stat().st_size < wanted:
+                    raise DatastoreError(
+                        f"{path} is cut short: it has {path.stat().st_size:,} bytes of {wanted:,}; put the file back, or "
+                        f"build the memory again"
+                    )
+                maps[name] = np.memmap(path, dtype=column.bits, mode="r", shape=(self._count, column.width))
+            except OSError as error:
+                raise DatastoreError(f"{path} cannot be read: {reason(error)}") from None
+        return maps

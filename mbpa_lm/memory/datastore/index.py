@@ -1,0 +1,154 @@
+"""Indexes over the keys of a datastore: which kind for which size, how it is trained, read, written and put on GPUs.
+
+An index proposes candidates; the datastore measures them again against its own keys. So every kind gives distances of one
+convention, squared Euclidean in single precision from the stored keys, and what an index lacks in precision it makes up for
+with more candidates.
+
+    flat       every key, in blocks from the file; no index at all
+    ivf_flat   cells of keys in half precision: a query looks into the nearest cells
+    ivf_pq     cells of product-quantized keys, about 64 bytes a key, for what half precision cannot hold in memory
+    hnsw       a graph over keys in half precision: fast, and twice as large
+    cagra      a graph built on a GPU, searched there, or as hnsw on a CPU; where FAISS is built with it
+
+Dimensions: `N` keys, `d` hidden size.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+
+from mbpa_lm.durable import sync
+from mbpa_lm.errors import DatastoreError, reason
+from mbpa_lm.memory.datastore.manifest import IndexKind, Layout
+
+EXACT_UP_TO = 20_000
+"""Entries up to which every key is measured."""
+HALF_PRECISION_UP_TO = 4_000_000
+"""Entries up to which the index keeps keys in half precision, where no limit says otherwise."""
+TRAINED_ON_PER_CELL = 40
+CODE_BYTES = 64
+REFINED = 4
+"""ivf_pq: candidates for each neighbour that is wanted."""
+LINKS = 32
+CLUSTERING_STEPS = 10
+Gpus = Literal["none", "replicate", "shard"]
+
+
+def choose_kind(entries: int, layout: Layout, memory_limit: int = 0) -> IndexKind:
+    """Return the kind of index for so many entries, where the process may have so many resident bytes (0: no limit)."""
+    if entries <= EXACT_UP_TO:
+        return "flat"
+    in_half_precision = entries * (2 * layout.hidden_size + 8)
+    fits = in_half_precision <= memory_limit // 3 if memory_limit else entries <= HALF_PRECISION_UP_TO
+    return "ivf_flat" if fits else "ivf_pq"
+
+
+def choose_cells(entries: int, hidden_size: int, memory_limit: int = 0) -> int:
+    """Return the number of cells: 4 sqrt(N), and no more than keys to train them on may be resident."""
+    most = memory_limit // 4 // (TRAINED_ON_PER_CELL * 4 * hidden_size) if memory_limit else entries
+    return max(1, min(round(4 * math.sqrt(entries)), entries // TRAINED_ON_PER_CELL, most))
+
+
+def training_keys(kind: IndexKind, cells: int, entries: int) -> int:
+    """Return how many keys an index wants to be trained on."""
+    return entries if kind == "cagra" else min(entries, max(cells * TRAINED_ON_PER_CELL, 10_000))
+
+
+def train_index(kind: IndexKind, keys_Nd: np.ndarray, cells: int, on_progress: Callable[[int], None]) -> Any:
+    """Return an empty faiss.Index trained on a sample of keys; `on_progress` is told the steps done of CLUSTERING_STEPS."""
+    d = keys_Nd.shape[1]
+    index: Any
+    if kind == "hnsw":
+        index = faiss.index_factory(d, f"HNSW{LINKS},SQfp16", faiss.METRIC_L2)
+        index.hnsw.efConstruction = 80
+        index.train(keys_Nd)
+        return index
+    if kind == "cagra":
+        return _cagra(keys_Nd)
+    coarse = faiss.IndexFlatL2(d)
+    coarse.add(_centroids(keys_Nd, cells, on_progress))
+    if kind == "ivf_flat":
+        index = faiss.IndexIVFScalarQuantizer(coarse, d, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2, False)
+    else:
+        index = faiss.IndexIVFPQ(coarse, d, cells, _code_parts(d), 8)
+    index.train(keys_Nd)
+    return index
+
+
+def set_effort(index: Any, kind: IndexKind, effort: int) -> None:
+    """Say how hard an index searches: cells that are looked into, or candidates that are kept in a graph."""
+    if kind in ("ivf_flat", "ivf_pq"):
+        faiss.ParameterSpace().set_index_parameter(index, "nprobe", effort)
+    else:
+        index.hnsw.efSearch = effort
+
+
+def first_effort(kind: IndexKind) -> int:
+    """Return the least effort that is tried."""
+    return 8 if kind in ("ivf_flat", "ivf_pq") else 64
+
+
+def candidates(kind: IndexKind, wanted: int) -> int:
+    """Return how many keys an index is to propose for so many neighbours."""
+    return REFINED * wanted if kind == "ivf_pq" else wanted + 8
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Write an index whole or not at all; raises DatastoreError where it cannot be."""
+    temporary = path.with_name(f".{path.name}.saving")
+    try:
+        faiss.write_index(index, str(temporary))
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, RuntimeError) as error:
+        raise DatastoreError(f"{path} could not be written: {reason(error)}; free some space and try again") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_index(path: Path) -> Any:
+    """Read an index; raises DatastoreError where it cannot be."""
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise DatastoreError(f"{path} cannot be read: {reason(error)}; make it again with mbpa-memory index") from None
+
+
+def to_gpus(index: Any, gpus: Gpus) -> Any:
+    """Return the index on all GPUs: a copy on each, or a part on each; where it is where there is no GPU build."""
+    if gpus == "none" or not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        return index
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard = gpus == "shard"
+    options.useFloat16 = True
+    return faiss.index_cpu_to_all_gpus(index, co=options)
+
+
+def _centroids(keys_Nd: np.ndarray, cells: int, on_progress: Callable[[int], None]) -> np.ndarray:
+    clustering = faiss.Kmeans(keys_Nd.shape[1], cells, niter=1, seed=1, min_points_per_centroid=1)
+    for step in range(CLUSTERING_STEPS):  # one at a time, to say how far it is
+        clustering.train(keys_Nd, init_centroids=clustering.centroids)
+        on_progress(step + 1)
+    return np.asarray(clustering.centroids)
+
+
+def _code_parts(d: int) -> int:
+    """Return the most parts, one byte each, that divide a key."""
+    return max(parts for parts in range(1, min(d, CODE_BYTES) + 1) if d % parts == 0)
+
+
+def _cagra(keys_Nd: np.ndarray) -> Any:
+    if not hasattr(faiss, "GpuIndexCagra") or not faiss.get_num_gpus():
+        raise DatastoreError("index cagra needs a GPU and a FAISS that is built with cuVS; take hnsw or ivf_flat")
+    on_gpu = faiss.GpuIndexCagra(faiss.StandardGpuResources(), keys_Nd.shape[1], faiss.METRIC_L2)
+    on_gpu.train(keys_Nd)
+    index = faiss.IndexHNSWCagra()  # type: ignore[attr-defined]
+    index.base_level_only = False
+    on_gpu.copyTo(index)
+    return index

@@ -1,0 +1,65 @@
+"""Making an index of a datastore: trained on a sample, filled from the files, and searched as hard as the recall asks for.
+
+Dimensions: `C` queries, `d` hidden size.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbpa_lm.durable import file_hash
+from mbpa_lm.memory.datastore import index as indexes
+from mbpa_lm.memory.datastore.entry_files import EntryFiles
+from mbpa_lm.memory.datastore.exact import search_blocks
+from mbpa_lm.memory.datastore.manifest import IndexKind, IndexRecord
+
+ADDED_AT_ONCE = 1 << 15
+RECALL_AT, RECALL_QUERIES, RECALL_WANTED = 32, 256, 0.95
+OnIndexing = Callable[[str, int, int], None]
+"""Is told what is being done, how far it is, and of how much."""
+
+
+def new_index(kind: IndexKind, files: EntryFiles, count: int, path: Path, on_progress: OnIndexing) -> tuple[Any, IndexRecord]:
+    """Return an index over the first `count` keys, written to `path`, and its record."""
+    cells = indexes.choose_cells(count, files.layout.hidden_size, files.memory_limit)
+    index = _train(kind, files, count, cells, on_progress)
+    while index.ntotal < count:
+        index.add(files.keys(index.ntotal, min(index.ntotal + ADDED_AT_ONCE, count)))
+        on_progress("indexing", index.ntotal, count)
+    effort, recall = _search_hard_enough(index, kind, files, count, on_progress)
+    indexes.write_index(index, path)
+    search = {"effort": effort, "cells": cells}
+    return index, IndexRecord(kind, path.name, count, path.stat().st_size, file_hash(path), search, recall)
+
+
+def _train(kind: IndexKind, files: EntryFiles, count: int, cells: int, on_progress: OnIndexing) -> Any:
+    rows = np.linspace(0, count - 1, indexes.training_keys(kind, cells, count)).astype(np.int64)
+    sample = files.rows("keys", rows).float().numpy()
+    steps = indexes.CLUSTERING_STEPS
+    return indexes.train_index(kind, sample, cells, lambda step: on_progress("training the index", step, steps))
+
+
+def _search_hard_enough(
+    index: Any, kind: IndexKind, files: EntryFiles, count: int, on_progress: OnIndexing
+) -> tuple[int, dict[str, float]]:
+    """Double the effort until the recall is as wanted; return the effort, and the recall against exact search.
+
+    Queries are keys from everywhere in the memory; that each finds itself does not count.
+    """
+    at, rows = min(RECALL_AT, count - 1), np.linspace(0, count - 1, min(RECALL_QUERIES, count)).astype(np.int64)
+    queries = files.rows("keys", rows).float().numpy()
+    on_progress("measuring recall", 0, 1)
+    nearest = search_blocks(files.keys, 0, count, queries, at + 1)[1]
+    effort = indexes.first_effort(kind)
+    while True:
+        indexes.set_effort(index, kind, effort)
+        found = index.search(queries, indexes.candidates(kind, at + 1))[1]
+        pairs = zip(nearest, found, rows, strict=True)
+        hits = sum(len(set(wanted) & set(candidates) - {row}) for wanted, candidates, row in pairs)
+        recall = hits / sum(len(set(wanted) - {row}) for wanted, row in zip(nearest, rows, strict=True))
+        if recall >= RECALL_WANTED or effort >= count:
+            on_progress("measuring recall", 1, 1)
+            return effort, {"at": at, "recall": recall, "queries": len(rows)}
+        effort *= 2

@@ -1,0 +1,295 @@
+"""The datastore itself: opened, added to, indexed and searched.
+
+    store = Datastore.open("runs/ptb/memory", identity)
+    neighbours = store.search(hidden_states, 32)
+
+One process may write at a time; any number may read meanwhile and see what was acknowledged when they opened it.
+
+Dimensions: `C` queries, `K` neighbours, `N` entries, `d` hidden size, `c` likely words.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbpa_lm.durable import file_hash, take_lock
+from mbpa_lm.errors import DatastoreError, reason
+from mbpa_lm.memory.base import Entries, Neighbours
+from mbpa_lm.memory.datastore import index as indexes
+from mbpa_lm.memory.datastore.entry_files import EntryFiles
+from mbpa_lm.memory.datastore.exact import search_blocks
+from mbpa_lm.memory.datastore.indexing import OnIndexing, new_index
+from mbpa_lm.memory.datastore.manifest import (
+    Identity,
+    IndexKind,
+    Layout,
+    Manifest,
+    Source,
+    check_identity,
+    read_manifest,
+    write_manifest,
+)
+
+QUERIES_AT_ONCE = 64
+LOCK, UNCHANGED = ".lock", "unchanged.json"
+OnProgress = Callable[[int], None]
+
+
+class Datastore:
+    """Entries on disk, searched through an index and, where that does not reach, exactly."""
+
+    def __init__(self, folder: Path, manifest: Manifest, memory_limit: int, gpus: indexes.Gpus, lock: int | None) -> None:
+        """Use `open` or `create`."""
+        self.folder = folder
+        self.manifest = manifest
+        self._memory_limit, self._gpus, self._lock = memory_limit, gpus, lock
+        self._files = EntryFiles(folder, manifest.layout, manifest.entries, memory_limit)
+        self._index: Any = None
+        self._check_unchanged()
+        self._load_index()
+
+    @classmethod
+    def create(cls, folder: Path, identity: Identity, layout: Layout, memory_limit: int = 0) -> "Datastore":
+        """Make an empty one that can be written; raises DatastoreError where the folder holds something already."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise DatastoreError(f"{folder} is not empty; name another folder, or add to the memory with mbpa-memory add")
+            manifest = Manifest(identity, layout)
+            EntryFiles(folder, layout, 0).create()
+            write_manifest(folder, manifest)
+        except OSError as error:
+            raise DatastoreError(f"{folder} cannot be written: {reason(error)}") from None
+        return cls.open(folder, identity, memory_limit, writable=True)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        identity: Identity | None = None,
+        memory_limit: int = 0,
+        writable: bool = False,
+        gpus: indexes.Gpus = "none",
+    ) -> "Datastore":
+        """Open an existing one.
+
+        Args: identity of the model that will search it, which must be the one that wrote it; memory_limit: resident bytes that
+        the process is to stay under, 0 for none; gpus: where the index is searched. Raises DatastoreError where it is missing,
+        damaged, of another model, or, to be written, held by another process.
+        """
+        manifest = read_manifest(folder)
+        if identity is not None:
+            check_identity(folder, manifest.identity, identity)
+        if not writable:
+            return cls(folder, manifest, memory_limit, gpus, None)
+        try:
+            lock = take_lock(folder / LOCK)
+        except OSError as error:
+            raise DatastoreError(f"{folder} cannot be written: {reason(error)}") from None
+        if lock is None:
+            raise DatastoreError(f"{folder} is being written by another process; wait until it is done")
+        return cls(folder, read_manifest(folder), memory_limit, gpus, lock)
+
+    def __len__(self) -> int:
+        return self.manifest.entries
+
+    @property
+    def likely_words(self) -> int:
+        """How many likely words an entry keeps (c)."""
+        return self.manifest.layout.likely_words
+
+    def close(self) -> None:
+        """Let another process write."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def add(self, entries: Entries, documents: int = 0, source: Source | None = None) -> None:
+        """Add entries; they are on disk, and found by the next search, when this returns.
+
+        Args: documents: the number of the document that they come from; source: the text, if its record is to be written or
+        brought up to date with them. Raises DatastoreError where they cannot be written: then none of them is there.
+        """
+        count = len(entries.values)
+        try:
+            checksums = self._files.append(
+                entries, torch.full((count, 1), documents, dtype=torch.int32), self.manifest.checksums
+            )
+            manifest = replace(
+                self.manifest,
+                entries=self.manifest.entries + count,
+                documents=max(self.manifest.documents, documents + 1),
+                checksums=checksums,
+                sources=_with_source(self.manifest.sources, source),
+            )
+            write_manifest(self.folder, manifest)
+        except OSError as error:
+            raise DatastoreError(
+                f"entries could not be added to {self.folder}: {reason(error)}; the {len(self):,} before are whole"
+            ) from None
+        self.manifest = manifest
+        self._files.acknowledge(manifest.entries)
+        self._note_unchanged()
+
+    def search(self, queries_Cd: Tensor, count: int) -> Neighbours:
+        """Return the nearest entries of each query, nearest first, the newer first among equals.
+
+        Exactly, or, through an approximate index, nearly all of them: `manifest.index.recall` says how many.
+        """
+        parts = [self._search_some(queries, count) for queries in queries_Cd.split(QUERIES_AT_ONCE)]
+        return parts[0] if len(parts) == 1 else Neighbours.joined(parts)
+
+    def build_index(self, kind: IndexKind | None = None, on_progress: OnIndexing = lambda what, done, total: None) -> None:
+        """Index all entries there are, and keep it; the old index serves until the new one is on disk.
+
+        Args: kind, None for the one that the size asks for; on_progress is told what is done, how far, of how much.
+        """
+        chosen = kind or indexes.choose_kind(len(self), self.manifest.layout, self._memory_limit)
+        record, index = None, None
+        if chosen != "flat" and len(self):
+            index, record = new_index(chosen, self._files, len(self), self._next_index_file(), on_progress)
+        old = self.manifest.index
+        self.manifest = replace(self.manifest, index=record)
+        try:
+            write_manifest(self.folder, self.manifest)
+        except OSError as error:
+            raise DatastoreError(f"the index of {self.folder} could not be recorded: {reason(error)}") from None
+        if old is not None and (record is None or old.file != record.file):
+            (self.folder / old.file).unlink(missing_ok=True)
+        self._index = None if index is None else indexes.to_gpus(index, self._gpus)
+        self._note_unchanged()
+
+    def damaged(self, on_progress: OnProgress = lambda size: None) -> str | None:
+        """Return which file is not what was written, None where all are; reads everything. `on_progress` is told bytes."""
+        found = self._files.damaged(self.manifest.checksums, on_progress)
+        record = self.manifest.index
+        if found is None and record is not None:
+            path = self.folder / record.file
+            if not path.is_file() or path.stat().st_size != record.bytes or file_hash(path) != record.sha256:
+                return record.file
+            on_progress(record.bytes)
+        return found
+
+    def entries_between(self, begin: int, end: int) -> tuple[Entries, Tensor]:
+        """Return consecutive entries as they are stored, and the documents (n,) that they come from."""
+        documents = self._files.between("documents", begin, end)[:, 0]
+        return self._entries(lambda name: self._files.between(name, begin, end)), documents
+
+    def _search_some(self, queries_Cd: Tensor, count: int) -> Neighbours:
+        queries = np.ascontiguousarray(queries_Cd.detach().float().cpu().numpy())
+        rows = self._candidates(queries, count)
+        width = min(rows.shape[1], max(count, 1))
+        present = rows >= 0
+        filled = np.where(present, rows, 0)
+        distances = torch.full(rows.shape, torch.inf)
+        if len(self):
+            keys = self._files.rows("keys", filled.ravel()).float().view(*rows.shape, -1)
+            distances = (keys - torch.from_numpy(queries)[:, None]).square().sum(-1)
+            distances[torch.from_numpy(~present)] = torch.inf
+        # Two sorts, of which the second keeps the first's order among equals: by row, newest first, then by distance.
+        by_row = np.argsort(-rows, axis=1, kind="stable")
+        by_distance = np.argsort(np.take_along_axis(distances.numpy(), by_row, axis=1), axis=1, kind="stable")
+        order = np.take_along_axis(by_row, by_distance, axis=1)[:, :width]
+        rows = np.take_along_axis(rows, order, axis=1)
+        return self._neighbours(rows, distances.gather(1, torch.from_numpy(order)), count, queries_Cd)
+
+    def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """Return rows (C, k) that hold the nearest entries and some more, -1 where there are fewer."""
+        indexed, found = 0, []
+        if self._index is not None:
+            assert self.manifest.index is not None
+            indexed = self.manifest.index.entries
+            found.append(self._index.search(queries, indexes.candidates(self.manifest.index.kind, count))[1])
+        if indexed < len(self):
+            found.append(search_blocks(self._files.keys, indexed, len(self), queries, count + 8)[1])
+        return np.concatenate(found, axis=1) if found else np.full((len(queries), count), -1)
+
+    def _neighbours(self, rows: np.ndarray, distances: Tensor, count: int, queries: Tensor) -> Neighbours:
+        """Return the entries in the given rows, with empty places behind them where they are fewer than asked for."""
+        missing = count - rows.shape[1]
+        rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
+        distances = torch.nn.functional.pad(distances, (0, missing), value=torch.inf)
+        filled = np.where(rows >= 0, rows, 0).ravel()
+
+        def read(name: str) -> Tensor:
+            if not len(self):
+                column = self._files.columns[name]
+                return torch.zeros(rows.size, column.width, dtype=column.stored)
+            found = self._files.rows(name, filled)
+            found[torch.from_numpy(rows.ravel() < 0)] = 0
+            return found
+
+        entries = self._entries(lambda name: read(name).view(*rows.shape, -1))
+        device = queries.device
+        on_device = Entries(*(tensor.to(device) for tensor in entries.tensors()))
+        return Neighbours(on_device, distances.to(device), torch.from_numpy(rows).to(device))
+
+    def _entries(self, read: Callable[[str], Tensor]) -> Entries:
+        keys = read("keys")
+        empty = keys.new_empty(*keys.shape[:-1], 0)
+        return Entries(
+            keys,
+            read("values")[..., 0].long(),
+            read("log_partitions")[..., 0],
+            read("likely_words") if self.likely_words else empty.int(),
+            read("likely_probabilities") if self.likely_words else empty,
+        )
+
+    def _next_index_file(self) -> Path:
+        """Return a path that no record names: an index is never written over the one in use."""
+        record = self.manifest.index
+        number = 1 if record is None else int(record.file.removeprefix("index-").removesuffix(".faiss")) + 1
+        return self.folder / f"index-{number}.faiss"
+
+    def _load_index(self) -> None:
+        record = self.manifest.index
+        if record is not None:
+            index = indexes.read_index(self.folder / record.file)
+            indexes.set_effort(index, record.kind, record.search["effort"])
+            self._index = indexes.to_gpus(index, self._gpus)
+
+    def _check_unchanged(self) -> None:
+        """Refuse files whose content is not what was written.
+
+        Those of the size and time that they had when they were last found whole are not read again.
+        """
+        try:
+            known = json.loads((self.folder / UNCHANGED).read_text())
+        except (OSError, ValueError):
+            known = None
+        if known != self._stamps():
+            damaged = self.damaged()
+            if damaged is not None:
+                raise DatastoreError(
+                    f"{self.folder / damaged} is not what was written: it was cut short or altered; put it back, or build the "
+                    f"memory again"
+                )
+            self._note_unchanged()
+
+    def _note_unchanged(self) -> None:
+        with contextlib.suppress(OSError):  # a folder that cannot be written is read again each time
+            (self.folder / UNCHANGED).write_text(json.dumps(self._stamps()))
+
+    def _stamps(self) -> dict[str, list[int]]:
+        record = self.manifest.index
+        names = [column.file for column in self._files.columns.values()] + ([] if record is None else [record.file])
+        stamps = {}
+        for name in names:
+            path = self.folder / name
+            if path.is_file():
+                stamps[name] = [path.stat().st_size, path.stat().st_mtime_ns]
+        return stamps
+
+
+def _with_source(sources: tuple[Source, ...], source: Source | None) -> tuple[Source, ...]:
+    if source is None:
+        return sources
+    return (*(other for other in sources if other.first_entry != source.first_entry), source)

@@ -1,0 +1,325 @@
+"""The datastore on disk: what it finds, what survives, and what it refuses."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mbpa_lm.durable import take_lock
+from mbpa_lm.errors import DatastoreError
+from mbpa_lm.memory.base import Entries
+from mbpa_lm.memory.datastore import entry_files
+from mbpa_lm.memory.datastore.index import choose_cells, choose_kind
+from mbpa_lm.memory.datastore.manifest import Identity, Layout, Source
+from mbpa_lm.memory.datastore.store import LOCK, Datastore
+
+D, LIKELY = 8, 3
+IDENTITY = Identity("a" * 64, "b" * 64)
+COLUMN_FILES = ["keys", "values", "log_partitions", "documents", "likely_words", "likely_probabilities"]
+
+
+def entries_from(first: int, count: int) -> Entries:
+    """Entries that are known by their number, exact in half precision."""
+    numbers = torch.arange(first, first + count)
+    generator = torch.Generator().manual_seed(first * 1000 + count)
+    keys = torch.randint(-64, 64, (count, D), generator=generator) / 16
+    keys[:, 0] = (numbers % 1000) / 8
+    return Entries(
+        keys,
+        numbers * 7 % 1009,
+        numbers.float() / 3,
+        (numbers[:, None] + torch.arange(LIKELY)).int(),
+        ((numbers[:, None] % 8 + torch.arange(LIKELY)) / 16),
+    )
+
+
+def make(folder: Path, *counts: int, layout: Layout | None = None) -> Datastore:
+    store = Datastore.create(folder, IDENTITY, layout or Layout(D, LIKELY))
+    for number, count in enumerate(counts):
+        store.add(entries_from(len(store), count), documents=number)
+    return store
+
+
+def all_entries(*counts: int) -> Entries:
+    parts, first = [], 0
+    for count in counts:
+        parts.append(entries_from(first, count))
+        first += count
+    return Entries(*(torch.cat(column) for column in zip(*(part.tensors() for part in parts), strict=True)))
+
+
+def assert_finds_the_nearest(store: Datastore, expected: Entries, queries: torch.Tensor, count: int) -> None:
+    found = store.search(queries, count)
+    distances = (expected.keys - queries[:, None]).square().sum(-1)
+    for row, of_row in enumerate(distances):
+        newest_first = of_row.flip(0).argsort(stable=True)[:count]
+        order = (len(of_row) - 1 - newest_first).tolist()
+        assert found.positions[row, : len(order)].tolist() == order
+        torch.testing.assert_close(found.squared_distances[row, : len(order)], of_row[order])
+        for one, other in zip(found.entries.tensors(), expected.tensors(), strict=True):
+            torch.testing.assert_close(one[row, : len(order)], other[order], check_dtype=False)
+        assert (found.positions[row, len(order) :] == -1).all()
+        assert found.squared_distances[row, len(order) :].isinf().all()
+
+
+def queries(count: int = 20) -> torch.Tensor:
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(5)) * 3 + 20
+
+
+@pytest.mark.parametrize("key_type", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("counts", [(1,), (5, 1, 300), (40_000,)])
+def test_it_finds_what_a_plain_search_finds(tmp_path: Path, counts: tuple[int, ...], key_type: str) -> None:
+    layout = Layout(D, LIKELY, key_type)  # type: ignore[arg-type]
+    store, expected = make(tmp_path / "m", *counts, layout=layout), all_entries(*counts)
+    stored = Entries(expected.keys.to(getattr(torch, key_type)).float(), *expected.tensors()[1:])
+    assert_finds_the_nearest(store, stored, queries(), 7)
+    assert_finds_the_nearest(Datastore.open(tmp_path / "m", IDENTITY), stored, queries(), 7)
+
+
+def test_copies_of_one_key_come_newest_first(tmp_path: Path) -> None:
+    store = Datastore.create(tmp_path / "m", IDENTITY, Layout(D, LIKELY))
+    entries = entries_from(0, 12)
+    store.add(Entries(torch.ones(12, D), *entries.tensors()[1:]))
+    assert store.search(torch.zeros(1, D), 20).positions[0, :12].tolist() == list(range(11, -1, -1))
+
+
+def test_nothing_is_found_in_an_empty_one(tmp_path: Path) -> None:
+    found = make(tmp_path / "m").search(queries(2), 3)
+    assert (found.positions == -1).all()
+    assert found.squared_distances.isinf().all()
+    assert found.entries.keys.shape == (2, 3, D)
+
+
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq", "hnsw"])
+def test_an_index_finds_nearly_all_and_measures_exactly(tmp_path: Path, kind: str) -> None:
+    store, expected = make(tmp_path / "m", 12_000), all_entries(12_000)
+    exact = store.search(queries(), 32)
+    store.build_index(kind)  # type: ignore[arg-type]
+    store.add(entries_from(12_000, 50))  # found although the index does not hold them
+    for opened in (store, Datastore.open(tmp_path / "m", IDENTITY)):
+        record = opened.manifest.index
+        assert record is not None
+        assert (record.kind, record.entries, len(opened)) == (kind, 12_000, 12_050)
+        assert record.recall["recall"] >= 0.95
+        found = opened.search(queries(), 32)
+        pairs = zip(exact.positions.tolist(), found.positions.tolist(), strict=True)
+        shared = sum(len(set(one) & set(other)) for one, other in pairs)
+        assert shared >= 0.9 * exact.positions.numel()
+        rows = found.positions.clamp(max=11_999)
+        measured = (expected.keys[rows] - queries()[:, None]).square().sum(-1)
+        old = found.positions < 12_000
+        torch.testing.assert_close(found.squared_distances[old], measured[old])
+    newest = entries_from(12_000, 50).keys
+    assert store.search(newest, 1).positions[:, 0].tolist() == list(range(12_000, 12_050))
+
+
+def test_a_new_index_replaces_the_old_one(tmp_path: Path) -> None:
+    store = make(tmp_path / "m", 2000)
+    for kind in ("ivf_flat", "hnsw", "flat"):
+        store.build_index(kind)  # type: ignore[arg-type]
+        indexes = list((tmp_path / "m").glob("*.faiss"))
+        assert len(indexes) == (0 if kind == "flat" else 1)
+    assert_finds_the_nearest(store, all_entries(2000), queries(), 5)
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    store = make(tmp_path / "m", 5, 3)
+    entries, documents = store.entries_between(2, 8)
+    assert entries.values.tolist() == [number * 7 % 1009 for number in range(2, 8)]
+    assert documents.tolist() == [0, 0, 0, 1, 1, 1]
+    assert store.manifest.documents == 2
+
+
+def test_sources_are_recorded_with_their_entries(tmp_path: Path) -> None:
+    store = make(tmp_path / "m")
+    store.add(entries_from(0, 5), source=Source("a", "f", 0, 10))
+    store.add(entries_from(5, 5), source=Source("a", "f", 0, 10))
+    store.add(entries_from(10, 5), source=Source("b", "g", 10, 5))
+    assert [source.name for source in Datastore.open(tmp_path / "m").manifest.sources] == ["a", "b"]
+
+
+def test_a_memory_of_another_model_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
+    make(tmp_path / "m", 3)
+    with pytest.raises(DatastoreError, match=r"written with model aaaaaaaaaaaa, this model is cccccccccccc; build it again"):
+        Datastore.open(tmp_path / "m", Identity("c" * 64, "b" * 64))
+    with pytest.raises(DatastoreError, match=r"with tokenizer bbbbbbbbbbbb, this tokenizer is dddddddddddd"):
+        Datastore.open(tmp_path / "m", Identity("a" * 64, "d" * 64))
+
+
+def corrupt(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "cut short":
+        path.write_bytes(data[:-1])
+    elif how == "altered":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut short", "altered", "deleted"])
+@pytest.mark.parametrize("name", [*(f"{column}.bin" for column in COLUMN_FILES), "index-1.faiss"])
+def test_damage_is_found_when_it_is_opened_and_by_verification(tmp_path: Path, name: str, how: str) -> None:
+    store = make(tmp_path / "m", 70_000 if name == "keys.bin" else 2000)
+    store.build_index("ivf_flat")
+    assert store.damaged() is None
+    corrupt(tmp_path / "m" / name, how)
+    with pytest.raises(DatastoreError, match=rf"{name}.*(cut short|altered|cannot be read|not what was written)"):
+        Datastore.open(tmp_path / "m")
+
+
+def test_verification_reads_what_opening_trusts(tmp_path: Path) -> None:
+    path = tmp_path / "m" / "values.bin"
+    make(tmp_path / "m", 2000).close()
+    stamp = path.stat()
+    corrupt(path, "altered")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    store = Datastore.open(tmp_path / "m")  # of the size and time that it had
+    assert store.damaged() == "values.bin (entries 0 to 1,999)"
+
+
+@pytest.mark.parametrize(
+    "change", [("entries", 1), ("identity", {"model": "c", "tokenizer": "d"}), ("format", 9), ("index", {})]
+)
+def test_an_altered_manifest_is_refused(tmp_path: Path, change: tuple[str, object]) -> None:
+    make(tmp_path / "m", 5)
+    path = tmp_path / "m" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), change[0]: change[1]}))
+    with pytest.raises(DatastoreError, match=r"manifest.json is damaged|is a memory of format 9; this version reads format 1"):
+        Datastore.open(tmp_path / "m")
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{", '{"format": 1}', "\xff"])
+def test_what_is_no_memory_is_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
+    (tmp_path / "m").mkdir()
+    if content is not None:
+        (tmp_path / "m" / "manifest.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DatastoreError) as error:
+        Datastore.open(tmp_path / "m", writable=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_in_use_is_not_written_over(tmp_path: Path) -> None:
+    make(tmp_path / "m", 3)
+    with pytest.raises(DatastoreError, match="is not empty; name another folder, or add to the memory"):
+        make(tmp_path / "m")
+
+
+def test_a_second_writer_is_refused_and_a_reader_is_not(tmp_path: Path) -> None:
+    make(tmp_path / "m", 3).close()
+    held = take_lock(tmp_path / "m" / LOCK)
+    assert held is not None
+    with pytest.raises(DatastoreError, match="is being written by another process; wait until it is done"):
+        Datastore.open(tmp_path / "m", writable=True)
+    assert len(Datastore.open(tmp_path / "m")) == 3
+    os.close(held)
+    Datastore.open(tmp_path / "m", writable=True).close()
+
+
+@pytest.mark.parametrize("call", [1, 3, 6, 7])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, calls, fsync = make(tmp_path / "m", 100), [0], os.fsync
+
+    def fails(descriptor: int) -> None:
+        calls[0] += 1
+        if calls[0] == call:
+            raise OSError(28, os.strerror(28))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(DatastoreError, match=r"No space left on device; the 100 before are whole"):
+        store.add(entries_from(100, 50))
+    monkeypatch.undo()
+    assert_finds_the_nearest(store, all_entries(100), queries(), 5)
+    assert len(Datastore.open(tmp_path / "m")) == 100
+    store.add(entries_from(100, 60))
+    assert store.damaged() is None
+    assert_finds_the_nearest(Datastore.open(tmp_path / "m"), all_entries(100, 60), queries(), 5)
+
+
+def test_checksums_go_on_over_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry_files, "BLOCK", 7)
+    store = make(tmp_path / "m", 3)
+    for count in (4, 1, 20, 0, 6, 7, 2):
+        store.close()
+        store = Datastore.open(tmp_path / "m", writable=True)
+        store.add(entries_from(len(store), count))
+        assert len(store.manifest.checksums["keys.bin"]) == -(-len(store) // 7)
+        assert store.damaged() is None
+
+
+def test_a_memory_limit_changes_no_result(tmp_path: Path) -> None:
+    make(tmp_path / "m", 30_000)
+    limited = Datastore.open(tmp_path / "m", memory_limit=1 << 20)
+    assert_finds_the_nearest(limited, all_entries(30_000), queries(3), 5)
+    assert limited.damaged() is None
+
+
+def test_the_index_suits_the_size_and_the_memory() -> None:
+    layout = Layout(400)
+    assert choose_kind(1000, layout) == "flat"
+    assert choose_kind(1_000_000, layout) == "ivf_flat"
+    assert choose_kind(100_000_000, layout) == "ivf_pq"
+    assert choose_kind(1_000_000, layout, memory_limit=1 << 30) == "ivf_pq"
+    assert choose_cells(1_000_000, 400) == 4000
+    assert choose_cells(1_000_000, 400, memory_limit=1 << 30) == 4000
+    assert choose_cells(1_000_000, 400, memory_limit=1 << 28) < 1100
+    assert choose_cells(10, 400) == 1
+
+
+def _add_without_end(folder: Path, acknowledged: Path, seed: int) -> None:
+    """Add entries and index them until killed, writing down after each call how many are acknowledged."""
+    store, generator = Datastore.open(folder, IDENTITY, writable=True), random.Random(seed)
+    with acknowledged.open("w") as file:
+        while True:
+            store.add(entries_from(len(store), generator.choice((1, 10, 500))))
+            print(len(store), file=file, flush=True)
+            if generator.random() < 0.1 and len(store) > 500:
+                store.build_index("hnsw")
+
+
+KILLS = int(os.environ.get("MBPA_KILLS", "5"))
+
+
+def test_whenever_a_writer_is_killed_what_it_acknowledged_is_whole(tmp_path: Path) -> None:
+    # A server that has imported everything, and never run anything that threads would survive in.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    folder, acknowledged, generator = tmp_path / "m", tmp_path / "acknowledged", random.Random(KILLS)
+    make(folder).close()
+    for kill in range(KILLS):
+        acknowledged.unlink(missing_ok=True)
+        writer = context.Process(target=_add_without_end, args=(folder, acknowledged, kill), daemon=True)
+        writer.start()
+        _wait_for(acknowledged.exists)
+        time.sleep(generator.uniform(0.0, 0.4))
+        assert writer.pid is not None
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        lines = acknowledged.read_text().splitlines()
+        store = Datastore.open(folder, IDENTITY)
+        assert len(store) >= int(lines[-1] if lines else 0)
+        assert store.damaged() is None
+        found, _ = store.entries_between(0, len(store))
+        assert found.values.tolist() == [number * 7 % 1009 for number in range(len(store))]
+        if len(store):
+            last = found.keys[-1:].float()
+            assert store.search(last, 1).squared_distances[0, 0] == 0
+        if len(store) > 20_000:
+            shutil.rmtree(folder)
+            make(folder).close()
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the writer did not start"
+        time.sleep(0.01)
