@@ -20,14 +20,14 @@ OPEN_KEYS = ("model.settings", "mixture.weights")
 
 def train(arguments: Sequence[str] | None = None) -> int:
     """Run `train.py` with the given arguments and return its exit code."""
-    return _guarded(_train, sys.argv[1:] if arguments is None else arguments)
+    return guarded(_train, sys.argv[1:] if arguments is None else arguments)
 
 
 def _train(arguments: Sequence[str]) -> None:
     parser = make_parser("train.py", "Train a language model.")
     parser.add_argument("--resume", action="store_true", help="Go on with the run in run.folder.")
     config, options = parse(parser, arguments)
-    _prepare_machine(config)
+    prepare_machine(config)
     from mbpa_lm.metrics import perplexity
     from mbpa_lm.training import train
 
@@ -38,7 +38,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """Run `evaluate.py` with the given arguments and return its exit code."""
-    return _guarded(_evaluate, sys.argv[1:] if arguments is None else arguments)
+    return guarded(_evaluate, sys.argv[1:] if arguments is None else arguments)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -54,7 +54,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         config = replace(config, evaluation=evaluation)
     if not options["checkpoint"]:
         raise ConfigError("--checkpoint is missing; name the run folder that train.py wrote, for example runs/demo")
-    _prepare_machine(config)
+    prepare_machine(config, keep_memory=not config.memory.resident_gib)
     from mbpa_lm.evaluation import evaluate
 
     evaluate(config, Path(options["checkpoint"]), options["tune"])
@@ -93,7 +93,8 @@ def make_parser(program: str, description: str) -> ArgumentParser:
     return parser
 
 
-def _guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code; what a user can do something about is said in one line."""
     try:
         command(arguments)
     except MbpaError as error:
@@ -105,13 +106,15 @@ def _guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str])
     return 0
 
 
-def _prepare_machine(config: Config) -> None:
+def prepare_machine(config: Config, keep_memory: bool = True) -> None:
+    """Set threads and the C library up, freed memory kept or not; raises ConfigError where a CUDA device is not there."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
     from mbpa_lm.machine import keep_freed_memory
 
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     if config.run.device == "cuda" and not torch.cuda.is_available():

@@ -26,7 +26,7 @@ from mbpa_lm.metrics import SEGMENTS, Targets, perplexity, summarize
 from mbpa_lm.mixed_scores import UNIFORM, MixedScores, mixed_scores
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.report import print_tables, print_tuned, write_results
-from mbpa_lm.resources import make_experts, make_history, make_slow_weights, make_window, own_corpus
+from mbpa_lm.resources import make_experts, make_history, make_memory, make_slow_weights, own_corpus
 from mbpa_lm.scoring import StreamScores, score_stream
 from mbpa_lm.tracking import RunLog
 from mbpa_lm.tuned import Tuned, load_tuned, save_tuned
@@ -58,7 +58,7 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
     slow_weights = make_slow_weights(config, checkpoint, experts)
     metric = None if tuned is None else tuned.metric_tensor()
     _load_compiled_loops(config, checkpoint, stream, metric)
-    memory = make_window(config, model, metric)
+    memory = make_memory(config, checkpoint, metric)
     with RunLog(Path(config.run.folder), config.tracking.mode, config.tracking.project, "evaluate", asdict(config)) as log:
         with ProgressBar(f"scoring {stream.name}", len(stream) - 1) as progress:
             scores = score_stream(
@@ -94,10 +94,11 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
 def _load_compiled_loops(config: Config, checkpoint: Checkpoint, stream: TokenStream, metric: Tensor | None) -> None:
     """Score a few tokens and forget them: the first call of each loop loads its machine code, or compiles it."""
     few = [name for name in config.evaluation.experts if name in ("mbpa", "cache")]
-    brief = replace(config, evaluation=replace(config.evaluation, experts=few))
+    evaluation, memory = replace(config.evaluation, experts=few), replace(config.memory, datastores=[])
+    brief = replace(config, evaluation=evaluation, memory=memory)
     experts = make_experts(brief, checkpoint)
     parts = (
-        make_window(config, checkpoint.model, metric),
+        make_memory(brief, checkpoint, metric),
         config.evaluation.chunk_length,
         None,
         make_history(experts, checkpoint.model),

@@ -12,16 +12,19 @@ from mbpa_lm.checkpoint import Checkpoint
 from mbpa_lm.config import Config
 from mbpa_lm.data.corpora import Corpus, open_corpus
 from mbpa_lm.data.streams import open_stream
+from mbpa_lm.datastores import TRAINING, likely_words_kept, open_datastores, open_one, training_datastore
 from mbpa_lm.dynamic_evaluation import DynamicModel, DynamicRule
 from mbpa_lm.errors import CheckpointError
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.experts.build import build_experts
 from mbpa_lm.gradient_scale import gradient_scale, model_gradient_scale
+from mbpa_lm.memory.base import EntryStore, Memory
+from mbpa_lm.memory.composite import CompositeMemory, JoinedStores
 from mbpa_lm.memory.history import StreamHistory
-from mbpa_lm.memory.training_store import TrainingStore, training_store
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.base import LanguageModel
 from mbpa_lm.progress import token_progress
+from mbpa_lm.remember import Text
 
 
 def own_corpus(config: Config, checkpoint: Checkpoint) -> Corpus:
@@ -37,16 +40,25 @@ def own_corpus(config: Config, checkpoint: Checkpoint) -> Corpus:
 
 def training_tokens(config: Config, checkpoint: Checkpoint) -> np.ndarray:
     """Return the text that the model was trained on, as the checkpoint's tokenizer reads it."""
+    return training_text(config, checkpoint).tokens
+
+
+def training_text(config: Config, checkpoint: Checkpoint) -> Text:
+    """Return the text that the model was trained on, to be remembered."""
     corpus = own_corpus(config, checkpoint)  # without a second progress bar inside another
-    return open_stream(corpus, "train", checkpoint.tokenizer, Path(config.data.token_folder)).tokens
+    stream = open_stream(corpus, "train", checkpoint.tokenizer, Path(config.data.token_folder))
+    return Text(stream.name, corpus.fingerprint("train"), stream.tokens, stream.document_starts)
 
 
-def make_window(config: Config, model: LanguageModel, metric: Tensor | None) -> WindowMemory:
-    """Return an empty memory of the configured size; entries keep likely words where the solver needs them."""
-    kept = min(config.memory.likely_words, model.vocabulary_size)
-    likely_words = kept if config.adaptation.solver == "restricted" else 0
-    weight = model.output_layer().weight
-    return WindowMemory(config.memory.size, model.hidden_size, likely_words, weight.dtype, weight.device, metric)
+def make_memory(config: Config, checkpoint: Checkpoint, metric: Tensor | None) -> Memory:
+    """Return an empty memory of the stream, searched together with the configured datastores where there are any."""
+    model, weight = checkpoint.model, checkpoint.model.output_layer().weight
+    likely_words = likely_words_kept(config, checkpoint)
+    window = WindowMemory(config.memory.size, model.hidden_size, likely_words, weight.dtype, weight.device, metric)
+    if not config.memory.datastores:
+        return window
+    stores = open_datastores(config, checkpoint, partial(training_text, config, checkpoint))
+    return CompositeMemory(window, JoinedStores(stores), metric)
 
 
 def make_history(experts: Sequence[Expert], model: LanguageModel) -> StreamHistory | None:
@@ -71,11 +83,10 @@ def make_slow_weights(config: Config, checkpoint: Checkpoint, experts: Sequence[
     return SlowWeights(layer.weight, layer.bias, rule, scale)
 
 
-def make_training_store(config: Config, checkpoint: Checkpoint) -> TrainingStore:
-    """Return the datastore of the training text; it is made where it is not kept."""
-    tokens, knn = partial(training_tokens, config, checkpoint), config.knn
-    with token_progress("storing the training text") as progress:
-        return training_store(checkpoint.folder, checkpoint.model, tokens, knn.entries, knn.cells_searched, progress)
+def make_knn_store(config: Config, checkpoint: Checkpoint) -> EntryStore:
+    """Return the datastore of the training text, made where it is not kept, together with the configured ones."""
+    others = [open_one(config, checkpoint, name) for name in config.memory.datastores if name != TRAINING]
+    return JoinedStores([training_datastore(config, checkpoint, partial(training_text, config, checkpoint)), *others])
 
 
 def make_experts(config: Config, checkpoint: Checkpoint) -> list[Expert]:
@@ -91,5 +102,5 @@ def make_experts(config: Config, checkpoint: Checkpoint) -> list[Expert]:
                 scale = model_gradient_scale(checkpoint.folder, checkpoint.model, tokens, dynamic, progress)
         return DynamicModel(checkpoint.model, rule, scale)
 
-    store = partial(make_training_store, config, checkpoint)
+    store = partial(make_knn_store, config, checkpoint)
     return build_experts(config, checkpoint.model.output_layer(), store, dynamic_model)

@@ -9,6 +9,7 @@ import torch
 
 from mbpa_lm import commands
 from mbpa_lm.config import Config, ModelConfig
+from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.models.base import LanguageModel
 from mbpa_lm.models.build import build_model
 
@@ -84,6 +85,25 @@ def trained_run(options: Callable[..., list[str]], tmp_path_factory: pytest.Temp
 
 def parsed(arguments: list[str]) -> Config:
     return commands.parse(commands.make_parser("train.py", ""), arguments)[0]
+
+
+class ListedStore:
+    """Entries in a list, every one of which is measured."""
+
+    likely_words = 0
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        nothing = keys[:, :0]
+        self.entries = Entries(keys, values, torch.zeros(len(keys)), nothing.int(), nothing)
+
+    def __len__(self) -> int:
+        return len(self.entries.values)
+
+    def search(self, queries: torch.Tensor, count: int) -> Neighbours:
+        squared = (self.entries.keys - queries[:, None]).square().sum(-1)
+        rows = len(self) - 1 - squared.flip(1).argsort(dim=1, stable=True)[:, :count]
+        found = Entries(*(tensor[rows] for tensor in self.entries.tensors()))
+        return Neighbours(found, squared.gather(1, rows), rows)
 
 
 def small_model(kind: str, vocabulary_size: int = 30, seed: int = 0) -> LanguageModel:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -24,12 +23,11 @@ from mbpa_lm.experts.persistent import PersistentExpert
 from mbpa_lm.gate import GateRule
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.history import UNBOUNDED, StreamHistory
-from mbpa_lm.memory.training_store import TrainingStore
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.mixed_scores import mixed_scores
 from mbpa_lm.models.base import LanguageModel, OutputLayer
 from mbpa_lm.scoring import score_stream
-from tests.conftest import small_model
+from tests.conftest import ListedStore, small_model
 
 MODELS = ["lstm", "transformer"]
 LENGTH, WINDOW, NEIGHBOURS, LIKELY = 160, 50, 6, 8
@@ -42,10 +40,9 @@ def mbpa(from_slow_weights: bool = False, **settings: object) -> Callable[[Langu
 
 def knn(grows: bool, weight: float = 0.5) -> Callable[[LanguageModel], Expert]:
     def make(model: LanguageModel) -> Expert:
-        generator = np.random.default_rng(5)
-        index = faiss.IndexFlatL2(model.hidden_size)
-        index.add(generator.normal(size=(200, model.hidden_size)).astype(np.float32))
-        store = TrainingStore(index, generator.integers(0, 30, 200).astype(np.uint32))
+        generator = torch.Generator().manual_seed(5)
+        keys = torch.randn(200, model.hidden_size, generator=generator, dtype=torch.float64)
+        store = ListedStore(keys, torch.randint(0, 30, (200,), generator=generator))
         return KnnExpert(store, neighbours=20, temperature=3.0, weight=weight, grows=grows)
 
     return make

@@ -16,9 +16,21 @@ class MemoryConfig:
     """Entries retrieved for a prediction (K)."""
     likely_words: int = 96
     """Likeliest next words kept with an entry, for the restricted solver."""
+    datastores: list[str] = field(default_factory=list)
+    """Folders that mbpa-memory wrote; they are searched together with the window, and by knn together with the training text.
+    The word training stands for the training text of the checkpoint."""
+    key_type: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Numbers that the keys of a datastore are kept in."""
+    index: Literal["auto", "flat", "ivf_flat", "ivf_pq", "hnsw", "cagra"] = "auto"
+    """Index of a datastore that is built: flat measures every entry, others find nearly all of the nearest; auto: by size."""
+    resident_gib: float = 0.0
+    """Resident memory that the process is to stay under while it builds and searches datastores; 0: no limit."""
+    gpus: Literal["none", "replicate", "shard"] = "none"
+    """Where indexes are searched: on the CPU, or on all GPUs, each holding the whole index or a part of it."""
 
     def __post_init__(self) -> None:
         require_positive("memory", self, "size", "neighbours", "likely_words")
+        require_not_negative("memory", self, "resident_gib")
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,7 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class KnnConfig:
-    """Nearest contexts of the training text (kNN-LM, Khandelwal et al. 2020)."""
+    """Nearest contexts of the training text, and of memory.datastores (kNN-LM, Khandelwal et al. 2020)."""
 
     neighbours: int = 256
     """Entries that a prediction looks at (K)."""
@@ -139,11 +151,9 @@ class KnnConfig:
     """Whether the stream so far is searched together with the training text."""
     entries: int = 0
     """First training tokens that are stored, once a checkpoint; 0: all. They are kept with it."""
-    cells_searched: int = 32
-    """Cells of the inverted file that a query looks into; more is slower and finds more of the true neighbours."""
 
     def __post_init__(self) -> None:
-        require_positive("knn", self, "neighbours", "temperature", "cells_searched")
+        require_positive("knn", self, "neighbours", "temperature")
         require_not_negative("knn", self, "entries")
         require("knn.weight", self.weight, 0 < self.weight < 1, "between 0 and 1")
 

@@ -11,19 +11,19 @@ from mbpa_lm.experts.dynamic import DynamicExpert
 from mbpa_lm.experts.knn import KnnExpert
 from mbpa_lm.experts.mbpa import MbpaExpert
 from mbpa_lm.experts.persistent import PersistentExpert
-from mbpa_lm.memory.training_store import TrainingStore
+from mbpa_lm.memory.base import EntryStore
 from mbpa_lm.models.base import OutputLayer
 
 
 def build_experts(
     config: Config,
     layer: OutputLayer,
-    training_store: Callable[[], TrainingStore],
+    knn_store: Callable[[], EntryStore],
     dynamic_model: Callable[[], DynamicModel],
 ) -> list[Expert]:
     """Return the configured experts in the order in which config.EXPERTS names them, the base model always first.
 
-    The training store and the dynamic model are made only where an expert needs them.
+    The store of kNN-LM and the dynamic model are made only where an expert needs them.
     """
     wanted, cache, knn = config.evaluation.experts, config.cache, config.knn
     experts: list[Expert] = [BaseModelExpert()]
@@ -36,7 +36,7 @@ def build_experts(
     if "cache" in wanted:
         experts += [CacheExpert(*settings) for settings in zip(cache.windows, cache.thetas, cache.weights, strict=True)]
     if "knn" in wanted:
-        experts.append(KnnExpert(training_store(), knn.neighbours, knn.temperature, knn.weight, knn.grows))
+        experts.append(KnnExpert(knn_store(), knn.neighbours, knn.temperature, knn.weight, knn.grows))
     if "dynamic" in wanted:
         experts.append(DynamicExpert(dynamic_model()))
     return experts

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mbpa_lm.experts.base import Chunk, Expert
+from mbpa_lm.memory.base import EntryStore
 from mbpa_lm.memory.history import UNBOUNDED
-from mbpa_lm.memory.training_store import TrainingStore
 
 
 class KnnExpert(Expert):
@@ -20,7 +20,7 @@ class KnnExpert(Expert):
 
     name = "knn"
 
-    def __init__(self, store: TrainingStore, neighbours: int, temperature: float, weight: float, grows: bool) -> None:
+    def __init__(self, store: EntryStore, neighbours: int, temperature: float, weight: float, grows: bool) -> None:
         """Args: weight is its share when it is mixed with the base model alone; grows: whether the stream is searched too."""
         self.weight = weight
         self.window = UNBOUNDED if grows else 0
@@ -38,7 +38,8 @@ class KnnExpert(Expert):
 
     def _scores(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Return the logits of the K nearest entries and the words that followed them, (C, K) each."""
-        squared_CK, values_CK = self._store.nearest(chunk.hidden_states, self._count)
+        found = self._store.search(chunk.hidden_states, self._count)
+        squared_CK, values_CK = found.squared_distances, found.entries.values
         if self.window:
             squared_CK, values_CK = self._with_stream(chunk, squared_CK, values_CK)
         return -squared_CK.to(chunk.base_log_probabilities) / self._temperature, values_CK

@@ -4,7 +4,7 @@ Dimensions: `C` positions of a chunk, `K` neighbours, `c` likely words an entry,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -61,11 +61,51 @@ class Neighbours:
         entries = Entries(*(tensor[positions] for tensor in self.entries.tensors()))
         return Neighbours(entries, self.squared_distances[positions], self.positions[positions])
 
+    def without_likely_words(self) -> "Neighbours":
+        """Return them with no likely words."""
+        entries = self.entries
+        words, probabilities = entries.likely_words[..., :0], entries.likely_probabilities[..., :0]
+        return replace(self, entries=replace(entries, likely_words=words, likely_probabilities=probabilities))
+
+    def later(self, entries: int) -> "Neighbours":
+        """Return them as written after so many others."""
+        return replace(self, positions=torch.where(self.positions < 0, self.positions, self.positions + entries))
+
     def at(self, columns: Tensor) -> "Neighbours":
         """Return those in the given columns (C, k)."""
         rows = torch.arange(len(columns), device=columns.device)[:, None]
         entries = Entries(*(tensor[rows, columns] for tensor in self.entries.tensors()))
         return Neighbours(entries, self.squared_distances[rows, columns], self.positions[rows, columns])
+
+
+def nearest_of(found: Sequence[Neighbours], count: int) -> Neighbours:
+    """Return the nearest `count` of what several searches found for the same queries, the newer first among equals.
+
+    Positions must be of one order: see `Neighbours.later`. Numbers come in the types of the last search.
+    """
+    like = found[-1].entries.tensors()
+    columns = zip(*(each.entries.tensors() for each in found), strict=True)
+    entries = (torch.cat([part.to(of.dtype) for part in parts], dim=1) for parts, of in zip(columns, like, strict=True))
+    squared_distances = torch.cat([each.squared_distances for each in found], dim=1)
+    positions = torch.cat([each.positions for each in found], dim=1)
+    newest_first = positions.argsort(dim=1, descending=True)
+    nearest_first = squared_distances.gather(1, newest_first).argsort(dim=1, stable=True)[:, :count]
+    return Neighbours(Entries(*entries), squared_distances, positions).at(newest_first.gather(1, nearest_first))
+
+
+class EntryStore(Protocol):
+    """Entries that are there before the stream begins, and stay as they are while it is read."""
+
+    @property
+    def likely_words(self) -> int:
+        """Return how many likely words an entry keeps (c)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def search(self, queries_Cd: Tensor, count: int) -> Neighbours:
+        """Return the nearest entries of each query, nearest first, the newer first among equals; distances are exact."""
+        ...
 
 
 class Memory(Protocol):

@@ -11,7 +11,7 @@ from mbpa_lm.config import Config
 from mbpa_lm.data.streams import TokenStream
 from mbpa_lm.mixed_scores import UNIFORM, all_components
 from mbpa_lm.mixture import best_weights, mix
-from mbpa_lm.resources import make_experts, make_training_store
+from mbpa_lm.resources import make_experts, make_knn_store
 from mbpa_lm.tuned import Tuned
 from mbpa_lm.tuning.adaptation import tune_adaptation
 from mbpa_lm.tuning.passes import Validation
@@ -93,7 +93,7 @@ def _caches(validation: Validation, found: _Found) -> None:
 
 
 def _knn(validation: Validation, found: _Found) -> None:
-    choice = tune_knn(validation.first(KNN_TOKENS), make_training_store(validation.config, validation.checkpoint))
+    choice = tune_knn(validation.first(KNN_TOKENS), make_knn_store(validation.config, validation.checkpoint))
     found.settings["knn"] = {"temperature": choice.sharpness, "weight": choice.share}
     found.losses["knn"] = choice.losses
 

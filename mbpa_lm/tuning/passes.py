@@ -9,7 +9,7 @@ from mbpa_lm.data.streams import TokenStream
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.memory.base import Memory
 from mbpa_lm.progress import ProgressBar
-from mbpa_lm.resources import make_history, make_slow_weights, make_window
+from mbpa_lm.resources import make_history, make_memory, make_slow_weights
 from mbpa_lm.scoring import StreamScores, score_stream
 from mbpa_lm.tuned import Tuned
 
@@ -38,7 +38,7 @@ class Validation:
                 model,
                 self.stream.tokens,
                 experts,
-                make_window(config, model, metric) if memory is None else memory,
+                make_memory(config, self.checkpoint, metric) if memory is None else memory,
                 config.evaluation.chunk_length,
                 slow_weights,
                 make_history(experts, model),

@@ -15,7 +15,7 @@ from mbpa_lm.experts.base import Expert
 from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.cache import CacheExpert
 from mbpa_lm.experts.knn import KnnExpert
-from mbpa_lm.memory.training_store import TrainingStore
+from mbpa_lm.memory.base import EntryStore, Neighbours
 from mbpa_lm.mixture import best_weights, mix
 from mbpa_lm.scoring import StreamScores
 from mbpa_lm.tuning.passes import Validation
@@ -52,7 +52,7 @@ def tune_caches(validation: Validation) -> dict[str, Choice]:
     return {name: _best(scores, rows[name], [sharpness[name], *thetas]) for name in rows}
 
 
-def tune_knn(validation: Validation, store: TrainingStore) -> Choice:
+def tune_knn(validation: Validation, store: EntryStore) -> Choice:
     """Return the best temperature and share of kNN-LM."""
     knn = validation.config.knn
     temperatures = [knn.temperature, *(temperature * _mean_squared_norm(validation) for temperature in TEMPERATURES)]
@@ -61,17 +61,21 @@ def tune_knn(validation: Validation, store: TrainingStore) -> Choice:
     return _best(validation.score("tuning knn", _named(candidates)), candidates, temperatures)
 
 
-class _AskedOnce(TrainingStore):
+class _AskedOnce:
     """A store that answers equal questions, one after the other, with one search."""
 
-    def __init__(self, store: TrainingStore) -> None:
-        super().__init__(store.index, store.values_N)
-        self._answers: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+    def __init__(self, store: EntryStore) -> None:
+        self._store, self._queries = store, torch.empty(0)
+        self._answer: Neighbours | None = None
+        self.likely_words = store.likely_words
 
-    def nearest(self, queries_Cd: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        if not self._answers or self._answers[0][0] is not queries_Cd:
-            self._answers[:] = [(queries_Cd, super().nearest(queries_Cd, count))]
-        return self._answers[0][1]
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def search(self, queries_Cd: Tensor, count: int) -> Neighbours:
+        if self._answer is None or self._queries is not queries_Cd:
+            self._queries, self._answer = queries_Cd, self._store.search(queries_Cd, count)
+        return self._answer
 
 
 def _named(candidates: Sequence[CacheExpert | KnnExpert]) -> list[Expert]:

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -12,8 +11,7 @@ from mbpa_lm.experts.base import Chunk
 from mbpa_lm.experts.cache import CacheExpert
 from mbpa_lm.experts.knn import KnnExpert
 from mbpa_lm.memory.history import UNBOUNDED, StreamHistory
-from mbpa_lm.memory.training_store import TrainingStore
-from tests.conftest import small_model
+from tests.conftest import ListedStore, small_model
 
 LENGTH, V, d = 120, 12, 8
 
@@ -48,9 +46,7 @@ def test_knn_lm(grows: bool) -> None:
     chunk, targets = random_chunk(torch.float32)
     generator = np.random.default_rng(1)
     keys, values = generator.normal(size=(300, d)).astype(np.float32), generator.integers(0, V, 300)
-    index = faiss.IndexFlatL2(d)
-    index.add(keys)
-    expert = KnnExpert(TrainingStore(index, values.astype(np.uint32)), 16, 2.5, 0.5, grows)
+    expert = KnnExpert(ListedStore(torch.from_numpy(keys), torch.from_numpy(values)), 16, 2.5, 0.5, grows)
     found = expert.target_log_probabilities(chunk, targets).numpy()
     states, words = chunk.hidden_states.double().numpy(), targets.numpy()
     for t in range(LENGTH):

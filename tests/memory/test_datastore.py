@@ -44,7 +44,7 @@ def entries_from(first: int, count: int) -> Entries:
 def make(folder: Path, *counts: int, layout: Layout | None = None) -> Datastore:
     store = Datastore.create(folder, IDENTITY, layout or Layout(D, LIKELY))
     for number, count in enumerate(counts):
-        store.add(entries_from(len(store), count), documents=number)
+        store.add(entries_from(len(store), count), torch.full((count,), number))
     return store
 
 
@@ -140,9 +140,9 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 
 def test_sources_are_recorded_with_their_entries(tmp_path: Path) -> None:
     store = make(tmp_path / "m")
-    store.add(entries_from(0, 5), source=Source("a", "f", 0, 10))
-    store.add(entries_from(5, 5), source=Source("a", "f", 0, 10))
-    store.add(entries_from(10, 5), source=Source("b", "g", 10, 5))
+    store.add(entries_from(0, 5), None, Source("a", "f", 0, 0, 10))
+    store.add(entries_from(5, 5), None, Source("a", "f", 0, 0, 10))
+    store.add(entries_from(10, 5), None, Source("b", "g", 10, 0, 5))
     assert [source.name for source in Datastore.open(tmp_path / "m").manifest.sources] == ["a", "b"]
 
 

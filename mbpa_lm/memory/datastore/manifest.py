@@ -57,6 +57,7 @@ class Source:
     name: str
     fingerprint: str
     first_entry: int
+    first_document: int
     entries: int  # it gives in all; fewer are there while it is being read
 
 

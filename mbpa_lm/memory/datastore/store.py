@@ -39,6 +39,8 @@ from mbpa_lm.memory.datastore.manifest import (
 )
 
 QUERIES_AT_ONCE = 64
+INDEXED_SHARE = 0.9
+"""Share of the entries below which an index is to be made again: the others are searched one by one."""
 LOCK, UNCHANGED = ".lock", "unchanged.json"
 OnProgress = Callable[[int], None]
 
@@ -46,15 +48,18 @@ OnProgress = Callable[[int], None]
 class Datastore:
     """Entries on disk, searched through an index and, where that does not reach, exactly."""
 
-    def __init__(self, folder: Path, manifest: Manifest, memory_limit: int, gpus: indexes.Gpus, lock: int | None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, memory_limit: int, gpus: indexes.Gpus, lock: int | None, trusted: bool
+    ) -> None:
         """Use `open` or `create`."""
         self.folder = folder
         self.manifest = manifest
         self._memory_limit, self._gpus, self._lock = memory_limit, gpus, lock
         self._files = EntryFiles(folder, manifest.layout, manifest.entries, memory_limit)
         self._index: Any = None
-        self._check_unchanged()
-        self._load_index()
+        if not trusted:
+            self._check_unchanged()
+            self._load_index()
 
     @classmethod
     def create(cls, folder: Path, identity: Identity, layout: Layout, memory_limit: int = 0) -> "Datastore":
@@ -78,33 +83,41 @@ class Datastore:
         memory_limit: int = 0,
         writable: bool = False,
         gpus: indexes.Gpus = "none",
+        trusted: bool = False,
     ) -> "Datastore":
         """Open an existing one.
 
         Args: identity of the model that will search it, which must be the one that wrote it; memory_limit: resident bytes that
-        the process is to stay under, 0 for none; gpus: where the index is searched. Raises DatastoreError where it is missing,
-        damaged, of another model, or, to be written, held by another process.
+        the process is to stay under, 0 for none; gpus: where the index is searched; trusted: only to be verified, nothing is
+        read now. Raises DatastoreError where it is missing, damaged, of another model, or, to be written, held by another
+        process.
         """
         manifest = read_manifest(folder)
         if identity is not None:
             check_identity(folder, manifest.identity, identity)
         if not writable:
-            return cls(folder, manifest, memory_limit, gpus, None)
+            return cls(folder, manifest, memory_limit, gpus, None, trusted)
         try:
             lock = take_lock(folder / LOCK)
         except OSError as error:
             raise DatastoreError(f"{folder} cannot be written: {reason(error)}") from None
         if lock is None:
             raise DatastoreError(f"{folder} is being written by another process; wait until it is done")
-        return cls(folder, read_manifest(folder), memory_limit, gpus, lock)
+        return cls(folder, read_manifest(folder), memory_limit, gpus, lock, trusted)
 
     def __len__(self) -> int:
         return self.manifest.entries
 
     @property
     def likely_words(self) -> int:
-        """How many likely words an entry keeps (c)."""
+        """See `EntryStore.likely_words`."""
         return self.manifest.layout.likely_words
+
+    def __enter__(self) -> "Datastore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Let another process write."""
@@ -112,23 +125,24 @@ class Datastore:
             os.close(self._lock)
             self._lock = None
 
-    def add(self, entries: Entries, documents: int = 0, source: Source | None = None) -> None:
+    def add(self, entries: Entries, documents_N: Tensor | None = None, *sources: Source) -> None:
         """Add entries; they are on disk, and found by the next search, when this returns.
 
-        Args: documents: the number of the document that they come from; source: the text, if its record is to be written or
-        brought up to date with them. Raises DatastoreError where they cannot be written: then none of them is there.
+        Args: documents (N,): the numbers of the documents that they come from, 0 if not given; sources: the texts whose records
+        are to be written with them. Raises DatastoreError where they cannot be written: then none of them is there.
         """
         count = len(entries.values)
+        if not count:
+            return
+        documents_N = torch.zeros(count, dtype=torch.int64) if documents_N is None else documents_N
         try:
-            checksums = self._files.append(
-                entries, torch.full((count, 1), documents, dtype=torch.int32), self.manifest.checksums
-            )
+            checksums = self._files.append(entries, documents_N[:, None], self.manifest.checksums)
             manifest = replace(
                 self.manifest,
                 entries=self.manifest.entries + count,
-                documents=max(self.manifest.documents, documents + 1),
+                documents=max(self.manifest.documents, int(documents_N.max()) + 1),
                 checksums=checksums,
-                sources=_with_source(self.manifest.sources, source),
+                sources=_with(self.manifest.sources, sources),
             )
             write_manifest(self.folder, manifest)
         except OSError as error:
@@ -140,19 +154,23 @@ class Datastore:
         self._note_unchanged()
 
     def search(self, queries_Cd: Tensor, count: int) -> Neighbours:
-        """Return the nearest entries of each query, nearest first, the newer first among equals.
-
-        Exactly, or, through an approximate index, nearly all of them: `manifest.index.recall` says how many.
-        """
+        """See `EntryStore.search`; how many of the nearest an approximate index finds is in `manifest.index.recall`."""
         parts = [self._search_some(queries, count) for queries in queries_Cd.split(QUERIES_AT_ONCE)]
         return parts[0] if len(parts) == 1 else Neighbours.joined(parts)
+
+    def needs_index(self, kind: IndexKind | None = None) -> bool:
+        """Say whether there is another index than asked for (None: than the size asks for), or one of far fewer entries."""
+        record = self.manifest.index
+        if record is None:
+            return (kind or self._suitable_index()) != "flat"
+        return record.kind != (kind or self._suitable_index()) or record.entries < INDEXED_SHARE * len(self)
 
     def build_index(self, kind: IndexKind | None = None, on_progress: OnIndexing = lambda what, done, total: None) -> None:
         """Index all entries there are, and keep it; the old index serves until the new one is on disk.
 
         Args: kind, None for the one that the size asks for; on_progress is told what is done, how far, of how much.
         """
-        chosen = kind or indexes.choose_kind(len(self), self.manifest.layout, self._memory_limit)
+        chosen = kind or self._suitable_index()
         record, index = None, None
         if chosen != "flat" and len(self):
             index, record = new_index(chosen, self._files, len(self), self._next_index_file(), on_progress)
@@ -182,6 +200,10 @@ class Datastore:
         """Return consecutive entries as they are stored, and the documents (n,) that they come from."""
         documents = self._files.between("documents", begin, end)[:, 0]
         return self._entries(lambda name: self._files.between(name, begin, end)), documents
+
+    def column_between(self, name: str, begin: int, end: int) -> Tensor:
+        """Return consecutive rows (n, width) of one column."""
+        return self._files.between(name, begin, end)
 
     def _search_some(self, queries_Cd: Tensor, count: int) -> Neighbours:
         queries = np.ascontiguousarray(queries_Cd.detach().float().cpu().numpy())
@@ -243,6 +265,9 @@ class Datastore:
             read("likely_probabilities") if self.likely_words else empty,
         )
 
+    def _suitable_index(self) -> IndexKind:
+        return indexes.choose_kind(len(self), self.manifest.layout, self._memory_limit)
+
     def _next_index_file(self) -> Path:
         """Return a path that no record names: an index is never written over the one in use."""
         record = self.manifest.index
@@ -289,7 +314,5 @@ class Datastore:
         return stamps
 
 
-def _with_source(sources: tuple[Source, ...], source: Source | None) -> tuple[Source, ...]:
-    if source is None:
-        return sources
-    return (*(other for other in sources if other.first_entry != source.first_entry), source)
+def _with(known: tuple[Source, ...], new: tuple[Source, ...]) -> tuple[Source, ...]:
+    return (*known, *(source for source in new if source not in known))

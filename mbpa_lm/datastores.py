@@ -1,0 +1,111 @@
+"""The datastores that a configuration names: opened, or, of the training text, built where they are not kept."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from mbpa_lm.checkpoint import Checkpoint
+from mbpa_lm.config import Config, MemoryConfig
+from mbpa_lm.errors import DatastoreError
+from mbpa_lm.memory.datastore.manifest import FILE, Identity, IndexKind, Layout
+from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.progress import ProgressBar
+from mbpa_lm.remember import Text, remember
+
+TRAINING = "training"
+FOLDER = "datastore"
+GIB = 1 << 30
+
+
+def identity_of(checkpoint: Checkpoint) -> Identity:
+    """Return whose hidden states a checkpoint's are."""
+    return Identity(checkpoint.fingerprint, checkpoint.tokenizer.fingerprint())
+
+
+def likely_words_kept(config: Config, checkpoint: Checkpoint) -> int:
+    """Return how many likely words an entry keeps: none where the solver does not need them."""
+    kept = min(config.memory.likely_words, checkpoint.model.vocabulary_size)
+    return kept if config.adaptation.solver == "restricted" else 0
+
+
+def limit_of(memory: MemoryConfig) -> int:
+    """Return the limit of resident memory in bytes, 0 for none."""
+    return int(memory.resident_gib * GIB)
+
+
+def open_one(config: Config, checkpoint: Checkpoint, name: str) -> Datastore:
+    """Open a store to be searched; raises DatastoreError where it is missing, damaged, or of another model."""
+    return Datastore.open(Path(name), identity_of(checkpoint), limit_of(config.memory), gpus=config.memory.gpus)
+
+
+def open_datastores(config: Config, checkpoint: Checkpoint, training_text: Callable[[], Text]) -> list[Datastore]:
+    """Open the stores that memory.datastores names, to be searched together with the window.
+
+    Raises DatastoreError where one is missing, damaged, of another model, or keeps another number of likely words.
+    """
+    wanted, stores = likely_words_kept(config, checkpoint), []
+    for name in config.memory.datastores:
+        is_training = name == TRAINING
+        store = training_datastore(config, checkpoint, training_text) if is_training else open_one(config, checkpoint, name)
+        if store.likely_words != wanted:
+            raise DatastoreError(
+                f"the memory in {store.folder} keeps {store.likely_words} likely words an entry, memory.likely_words asks for "
+                f"{wanted}; change that, or build it again with mbpa-memory build --memory.likely_words {wanted}"
+            )
+        stores.append(store)
+    return stores
+
+
+def training_datastore(config: Config, checkpoint: Checkpoint, training_text: Callable[[], Text]) -> Datastore:
+    """Return the store of the training text that is kept with the checkpoint; it is built, or built further, if it must be.
+
+    Args: training_text opens the text when it is needed. Raises DatastoreError where the store cannot be written.
+    """
+    folder, identity, memory = checkpoint.folder / FOLDER, identity_of(checkpoint), config.memory
+    likely_words = likely_words_kept(config, checkpoint) if TRAINING in memory.datastores else 0
+    layout, limit = Layout(checkpoint.model.hidden_size, likely_words, memory.key_type), limit_of(memory)
+    name = f"the first {config.knn.entries:,} words of the training text" if config.knn.entries else "the training text"
+    if (folder / FILE).is_file():
+        store = Datastore.open(folder, identity, limit, gpus=memory.gpus)
+        source = store.manifest.sources[0] if store.manifest.sources else None
+        if source is not None and store.manifest.layout == layout and source.name == name:
+            if len(store) == source.entries and not store.needs_index(index_kind(memory)):
+                return store
+        else:
+            shutil.rmtree(folder)
+    if not (folder / FILE).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        Datastore.create(folder, identity, layout, limit).close()
+    with Datastore.open(folder, identity, limit, writable=True, gpus=memory.gpus) as store:
+        text = training_text()._replace(name=name)
+        tokens = text.tokens[: config.knn.entries + 1] if config.knn.entries else text.tokens
+        build(store, checkpoint, text._replace(tokens=tokens), memory)
+    return store
+
+
+def index_kind(memory: MemoryConfig) -> IndexKind | None:
+    """Return the configured index, None where the size is to choose it."""
+    return None if memory.index == "auto" else memory.index
+
+
+def build(store: Datastore, checkpoint: Checkpoint, text: Text, memory: MemoryConfig) -> None:
+    """Add a text to a store and index it, with progress on the terminal."""
+    with ProgressBar(f"remembering {text.name}", len(text.tokens) - 1, "entries") as progress:
+        remember(store, checkpoint.model, text, progress.reach)
+    if store.needs_index(index_kind(memory)):
+        build_index(store, index_kind(memory))
+
+
+def build_index(store: Datastore, kind: IndexKind | None) -> None:
+    """Index a store, with progress on the terminal."""
+    with ExitStack() as bars:
+        shown: dict[str, ProgressBar] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                bars.close()
+                shown[what] = bars.enter_context(ProgressBar(what, total, "steps" if total < 100 else "entries"))
+            shown[what].reach(done)
+
+        store.build_index(kind, show)

@@ -1,0 +1,73 @@
+"""Several memories as one: a training set, documents and the stream so far, searched together, the nearest of all kept.
+
+Entries count as written in the order in which the memories are named, those of the stream last.
+
+Dimensions: `C` positions of a chunk, `K` neighbours, `d` hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mbpa_lm.memory.base import Entries, EntryStore, Memory, Neighbours, nearest_of
+
+REFINED = 4
+
+
+class JoinedStores:
+    """Stores that are searched as one; where they keep different numbers of likely words, none are given."""
+
+    def __init__(self, stores: Sequence[EntryStore]) -> None:
+        self._stores = stores
+        kept = {store.likely_words for store in stores}
+        self.likely_words = kept.pop() if len(kept) == 1 else 0
+
+    def __len__(self) -> int:
+        return sum(len(store) for store in self._stores)
+
+    def search(self, queries_Cd: Tensor, count: int) -> Neighbours:
+        """See `EntryStore.search`."""
+        found, before = [], 0
+        for store in self._stores:
+            each = store.search(queries_Cd, count).later(before)
+            found.append(each if self.likely_words else each.without_likely_words())
+            before += len(store)
+        return found[0] if len(found) == 1 else nearest_of(found, count)
+
+
+class CompositeMemory:
+    """The stream's own memory, and stores that were there before."""
+
+    def __init__(self, stream: Memory, store: EntryStore, metric: Tensor | None = None) -> None:
+        """Args: metric (d,), that the stream's memory measures with; among REFINED times as many of the store's entries as are
+        wanted, nearest without it, the nearest are then taken with it. Raises ValueError where the two keep different numbers
+        of likely words.
+        """
+        if stream.likely_words != store.likely_words:
+            raise ValueError("entries with different numbers of likely words")
+        self.likely_words = stream.likely_words
+        self._stream, self._store, self._metric_d = stream, store, metric
+
+    def __len__(self) -> int:
+        return len(self._store) + len(self._stream)
+
+    def takes_products(self, size: int) -> bool:
+        """See `Memory.takes_products`."""
+        return self._stream.takes_products(size)
+
+    def read_and_write(self, entries: Entries, count: int, products: Tensor | None = None) -> Neighbours:
+        """See `Memory.read_and_write`."""
+        known = self._known(entries.keys, count)
+        recent = self._stream.read_and_write(entries, count, products)
+        return nearest_of([known, recent.later(len(self._store))], count)
+
+    def _known(self, queries_Cd: Tensor, count: int) -> Neighbours:
+        if self._metric_d is None:
+            return self._store.search(queries_Cd, count)
+        found = self._store.search(queries_Cd, REFINED * count)
+        differences = found.entries.keys.to(queries_Cd) - queries_Cd[:, None]
+        measured = differences.square() @ self._metric_d.to(queries_Cd)
+        empty = torch.full_like(measured, torch.inf)
+        return nearest_of([replace(found, squared_distances=measured.where(found.positions >= 0, empty))], count)

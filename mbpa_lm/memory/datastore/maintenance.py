@@ -1,0 +1,78 @@
+"""What is done to whole datastores: several copied into one, and one copied into a safetensors file. In bounded memory."""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mbpa_lm.durable import sync
+from mbpa_lm.errors import DatastoreError, reason
+from mbpa_lm.memory.datastore.entry_files import columns
+from mbpa_lm.memory.datastore.store import Datastore
+
+COPIED_AT_ONCE = 1 << 15
+SAFETENSORS_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int32": "I32"}
+
+
+def check_alike(stores: Sequence[Datastore]) -> None:
+    """Raise DatastoreError where stores are not of one model, tokenizer and layout."""
+    first = stores[0]
+    for other in stores[1:]:
+        for what in ("identity", "layout"):
+            one, two = getattr(first.manifest, what), getattr(other.manifest, what)
+            if one != two:
+                name = next(name for name in vars(one) if getattr(one, name) != getattr(two, name))
+                raise DatastoreError(
+                    f"{first.folder} and {other.folder} cannot be one memory: {name} is {str(getattr(one, name))[:12]} in the "
+                    f"first and {str(getattr(two, name))[:12]} in the other"
+                )
+
+
+def append_store(target: Datastore, source: Datastore, on_progress: Callable[[int], None]) -> None:
+    """Add all entries of a store to another one, its documents and texts as new ones."""
+    first_entry, first_document = len(target), target.manifest.documents
+    sources = [
+        replace(each, first_entry=each.first_entry + first_entry, first_document=each.first_document + first_document)
+        for each in source.manifest.sources
+    ]
+    for begin in range(0, len(source), COPIED_AT_ONCE):
+        end = min(begin + COPIED_AT_ONCE, len(source))
+        entries, documents = source.entries_between(begin, end)
+        begun = [each for each in sources if begin <= each.first_entry - first_entry < end]
+        target.add(entries, documents + first_document, *begun)
+        on_progress(end)
+
+
+def export(store: Datastore, path: Path, on_progress: Callable[[int], None]) -> None:
+    """Write the columns as tensors into one safetensors file; what was at the path before stays until it is whole.
+
+    The file is written as the format is defined: the header's length, the header, the tensors' bytes one behind the other.
+    Raises DatastoreError where it cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": {"model": store.manifest.identity.model, "metric": "squared euclidean"}}
+    offset, count = 0, len(store)
+    of_layout = columns(store.manifest.layout)
+    for name, column in of_layout.items():
+        size = count * column.row_bytes
+        dtype = SAFETENSORS_TYPES[str(column.stored).removeprefix("torch.")]
+        shape = [count] if column.width == 1 else [count, column.width]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    temporary = path.with_name(f".{path.name}.saving")
+    try:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            for number, (name, column) in enumerate(of_layout.items()):
+                for begin in range(0, count, COPIED_AT_ONCE):
+                    file.write(column.encode(store.column_between(name, begin, min(begin + COPIED_AT_ONCE, count))))
+                    on_progress((number * count + min(begin + COPIED_AT_ONCE, count)) // len(of_layout))
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DatastoreError(f"{path} could not be written: {reason(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

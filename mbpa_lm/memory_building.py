@@ -1,0 +1,145 @@
+"""What `mbpa-memory` does: memories built from texts, added to, indexed, described, checked, joined and copied out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from mbpa_lm.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from mbpa_lm.config import Config
+from mbpa_lm.data.streams import open_stream
+from mbpa_lm.data.text_files import WholeText
+from mbpa_lm.datastores import build, build_index, identity_of, likely_words_kept, limit_of
+from mbpa_lm.errors import DatastoreError
+from mbpa_lm.machine import pick_device
+from mbpa_lm.memory.datastore.entry_files import columns
+from mbpa_lm.memory.datastore.maintenance import append_store, check_alike, export
+from mbpa_lm.memory.datastore.manifest import FILE, IndexKind, Layout
+from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.progress import ProgressBar, console, token_progress
+from mbpa_lm.remember import Text
+from mbpa_lm.resources import training_text
+
+
+def build_memory(config: Config, checkpoint_path: Path, folder: Path, text_path: Path | None) -> None:
+    """Write a text, or the training text, into a new memory, or go on with one that was interrupted.
+
+    Raises CheckpointError and DataError where model or text cannot be read, DatastoreError where the memory cannot be written,
+    or holds another text.
+    """
+    checkpoint = _load(config, checkpoint_path)
+    text = training_text(config, checkpoint) if text_path is None else _read(config, checkpoint, text_path)
+    if not (folder / FILE).is_file():
+        layout = Layout(checkpoint.model.hidden_size, likely_words_kept(config, checkpoint), config.memory.key_type)
+        Datastore.create(folder, identity_of(checkpoint), layout).close()
+    with _open_to_write(config, checkpoint, folder) as store:
+        if any(source.fingerprint != text.fingerprint for source in store.manifest.sources):
+            raise DatastoreError(f"{folder} holds {store.manifest.sources[0].name} already; use mbpa-memory add for more text")
+        build(store, checkpoint, text, config.memory)
+    show_memory(folder)
+
+
+def add_to_memory(config: Config, checkpoint_path: Path, folder: Path, text_path: Path) -> None:
+    """Write a text into a memory that there is, or go on with it; raises what `build_memory` does."""
+    checkpoint = _load(config, checkpoint_path)
+    with _open_to_write(config, checkpoint, folder) as store:
+        build(store, checkpoint, _read(config, checkpoint, text_path), config.memory)
+    show_memory(folder)
+
+
+def index_memory(folder: Path, kind: IndexKind | None) -> None:
+    """Make the index of a memory again; raises DatastoreError where it cannot be."""
+    with Datastore.open(folder, writable=True) as store:
+        build_index(store, kind)
+    show_memory(folder)
+
+
+def show_memory(folder: Path) -> None:
+    """Print what a memory is; raises DatastoreError where it is damaged."""
+    store = Datastore.open(folder)
+    manifest, layout = store.manifest, store.manifest.layout
+    bytes_an_entry = sum(column.row_bytes for column in columns(layout).values())
+    index, index_bytes = manifest.index, 0 if manifest.index is None else manifest.index.bytes
+    table = Table(show_header=False, box=None)
+    for name, value in (
+        ("entries", f"{len(store):,} in {manifest.documents:,} documents"),
+        ("keys", f"{layout.hidden_size} numbers of {layout.key_type}, squared Euclidean distance"),
+        ("likely words", f"{layout.likely_words} an entry"),
+        ("size", f"{_size(len(store) * bytes_an_entry + index_bytes)}, {bytes_an_entry:,} bytes an entry beside the index"),
+        ("model", manifest.identity.model[:12]),
+        ("tokenizer", manifest.identity.tokenizer[:12]),
+    ):
+        table.add_row(name, value)
+    if index is None:
+        table.add_row("index", "none: every entry is measured")
+    else:
+        found = f"finds {index.recall['recall']:.1%} of the {index.recall['at']:.0f} nearest"
+        table.add_row("index", f"{index.kind} over {index.entries:,} entries, {_size(index.bytes)}, {found}")
+    for source in manifest.sources:
+        there = min(source.entries, len(store) - source.first_entry)
+        table.add_row("text", f"{source.name}: {there:,} of {source.entries:,} entries")
+    console.print(f"memory {folder}")
+    console.print(table)
+
+
+def verify_memory(folder: Path) -> None:
+    """Read everything; raises DatastoreError naming the file and the entries that are not what was written."""
+    store = Datastore.open(folder, trusted=True)
+    with ProgressBar("verifying", None, "bytes") as progress:
+        done = 0
+
+        def show(size: int) -> None:
+            nonlocal done
+            done += size
+            progress.reach(done)
+
+        damaged = store.damaged(show)
+    if damaged is not None:
+        raise DatastoreError(f"{folder / damaged} is not what was written; put the file back, or build the memory again")
+    console.print(f"{folder}: {len(store):,} entries, {_size(done)}, all as they were written")
+
+
+def merge_memories(folders: Sequence[Path], output: Path) -> None:
+    """Copy memories into a new one, one behind the other, and index it; raises DatastoreError where they do not fit."""
+    stores = [Datastore.open(folder) for folder in folders]
+    check_alike(stores)
+    with Datastore.create(output, stores[0].manifest.identity, stores[0].manifest.layout) as target:
+        for store in stores:
+            with ProgressBar(f"copying {store.folder}", len(store), "entries") as progress:
+                append_store(target, store, progress.reach)
+        if target.needs_index():
+            build_index(target, None)
+    show_memory(output)
+
+
+def export_memory(folder: Path, path: Path) -> None:
+    """Copy a memory's entries into a safetensors file; raises DatastoreError where it cannot be written."""
+    store = Datastore.open(folder)
+    with ProgressBar(f"writing {path}", len(store), "entries") as progress:
+        export(store, path, progress.reach)
+    console.print(f"written to {path}: {_size(path.stat().st_size)}")
+
+
+def _load(config: Config, path: Path) -> Checkpoint:
+    checkpoint = load_checkpoint(find_checkpoint(path))
+    checkpoint.model.to(pick_device(config.run.device)).eval()
+    return checkpoint
+
+
+def _read(config: Config, checkpoint: Checkpoint, path: Path) -> Text:
+    text = WholeText(path, config.data.document_pattern)
+    with token_progress(f"tokenizing {text.name}") as progress:
+        stream = open_stream(text, "text", checkpoint.tokenizer, Path(config.data.token_folder), progress)
+    return Text(text.name, text.fingerprint("text"), stream.tokens, stream.document_starts)
+
+
+def _open_to_write(config: Config, checkpoint: Checkpoint, folder: Path) -> Datastore:
+    return Datastore.open(folder, identity_of(checkpoint), limit_of(config.memory), writable=True)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"

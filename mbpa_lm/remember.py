@@ -1,0 +1,111 @@
+"""Reading a text with a model and writing what it leaves behind into a datastore, in memory that does not grow with it.
+
+The text is read in blocks, several side by side, each on its own after the WARM_UP tokens before it. So where a build was
+interrupted it goes on with the next block, and what is stored does not depend on that.
+
+Dimensions: `B` blocks side by side, `T` tokens, `V` vocabulary, `d` hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbpa_lm.adaptation.likely_words import likely_words
+from mbpa_lm.adaptation.problem import normalize
+from mbpa_lm.errors import DatastoreError
+from mbpa_lm.memory.base import Entries
+from mbpa_lm.memory.datastore.manifest import Source
+from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.models.base import LanguageModel, State
+
+BLOCK, SIDE_BY_SIDE, WARM_UP = 4096, 8, 256
+LOGITS_AT_ONCE = 1 << 23
+
+
+class Text(NamedTuple):
+    """A text to be remembered."""
+
+    name: str
+    fingerprint: str
+    tokens: np.ndarray  # (n,) ids; an entry each but the last
+    document_starts: np.ndarray  # (documents,), the first token of each
+
+
+@torch.no_grad()
+def remember(
+    store: Datastore, model: LanguageModel, text: Text, on_progress: Callable[[int], None] = lambda entries: None
+) -> None:
+    """Add the entries of a text to a store, or those that are missing; `on_progress` is told how many are there.
+
+    The model must be in evaluation mode. Raises DatastoreError where another text is half read, and where the store cannot be
+    written; what is there then stays, and the next call goes on from it.
+    """
+    source = _source(store, text)
+    done = len(store) - source.first_entry
+    if store.manifest.sources and source.first_entry < store.manifest.sources[-1].first_entry:
+        done = source.entries  # it is not the last one, so it is whole
+    while done < source.entries:
+        end = min(done + BLOCK * SIDE_BY_SIDE, source.entries)
+        begins = range(done, end, BLOCK)
+        blocks = _read_blocks(model, text.tokens, [(begin, min(begin + BLOCK, end)) for begin in begins], store.likely_words)
+        entries = Entries(*(torch.cat(column) for column in zip(*(block.tensors() for block in blocks), strict=True)))
+        documents = np.searchsorted(text.document_starts, np.arange(done, end), side="right") - 1
+        store.add(entries, torch.from_numpy(np.maximum(documents, 0)) + source.first_document, source)
+        done = end
+        on_progress(done)
+
+
+def _source(store: Datastore, text: Text) -> Source:
+    """Return the record of the text in the store, a new one where it has none."""
+    sources, entries = store.manifest.sources, len(text.tokens) - 1
+    for source in sources:
+        if (source.fingerprint, source.entries) == (text.fingerprint, entries):
+            return source
+    if sources and len(store) < sources[-1].first_entry + sources[-1].entries:
+        raise DatastoreError(
+            f"{store.folder} holds only a part of {sources[-1].name}, its build was interrupted; go on with that text first"
+        )
+    return Source(text.name, text.fingerprint, len(store), store.manifest.documents, entries)
+
+
+def _read_blocks(model: LanguageModel, tokens: np.ndarray, blocks: list[tuple[int, int]], likely: int) -> list[Entries]:
+    """Return the entries of each block; those of one length and one warm-up are read side by side."""
+    found: dict[int, Entries] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
+    for begin, end in blocks:
+        groups.setdefault((min(begin, WARM_UP), end - begin), []).append(begin)
+    for (warm_up, length), begins in groups.items():
+        rows = np.stack([tokens[begin - warm_up : begin + length + 1] for begin in begins]).astype(np.int64)
+        pieces = list(_read(model, torch.from_numpy(rows), warm_up, likely))
+        for row, begin in enumerate(begins):
+            parts = zip(*(piece.tensors() for piece in pieces), strict=True)
+            found[begin] = Entries(*(torch.cat([part[row] for part in column]) for column in parts))
+    return [found[begin] for begin, _ in blocks]
+
+
+def _read(model: LanguageModel, rows_BT: Tensor, warm_up: int, likely: int) -> Iterator[Entries]:
+    """Read rows side by side, and give what the positions after the warm-up leave behind, piece by piece: (B, T, ...)."""
+    layer = model.output_layer()
+    device, count = layer.weight.device, rows_BT.shape[1] - 1
+    at_once = max(1, LOGITS_AT_ONCE // (len(rows_BT) * model.vocabulary_size))
+    state: State | None = None
+    begin = 0
+    while begin < count:
+        end = min(begin + at_once, count) if begin >= warm_up else warm_up
+        output = model(rows_BT[:, begin:end].to(device), state)
+        state = output.state
+        if begin >= warm_up:
+            base, log_partitions = normalize(layer.logits(output.hidden_states).flatten(0, 1))
+            shape = output.hidden_states.shape[:2]
+            words, probabilities = likely_words(base, likely)
+            yield Entries(
+                output.hidden_states.cpu(),
+                rows_BT[:, begin + 1 : end + 1],
+                log_partitions.view(shape).cpu(),
+                words.view(*shape, -1).cpu(),
+                probabilities.view(*shape, -1).cpu(),
+            )
+        begin = end

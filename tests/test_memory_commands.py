@@ -1,0 +1,126 @@
+"""mbpa-memory as a user types it, and evaluations on what it made."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from mbpa_lm import commands
+from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.memory_commands import memory
+
+Options = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def build(options: Options, trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds a memory of some lines."""
+
+    def make(name: str, lines: int, *more: str) -> Path:
+        folder = tmp_path_factory.mktemp("memories")
+        text, output = folder / f"{name}.txt", folder / name
+        text.write_text("".join(f"name{index % 60} word{index % 7} word1\n" for index in range(lines)))
+        checkpoint = ("--checkpoint", str(trained_run), "--text", str(text), "--output", str(output))
+        assert memory(["build", *options(folder / "run", *more), *checkpoint]) == 0
+        return output
+
+    return make
+
+
+def test_build_add_verify_merge_and_export(
+    build: Callable[..., Path], options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = build("first", 50), build("second", 20)
+    assert len(Datastore.open(first)) == 199
+    text, checkpoint = first.parent / "more.txt", ("--checkpoint", str(trained_run))
+    text.write_text("word1 name5\n" * 10)
+    for _ in range(2):  # the second time there is nothing to do
+        assert memory(["add", *options(tmp_path / "run"), *checkpoint, "--text", str(text), "--output", str(first)]) == 0
+    assert len(Datastore.open(first)) == 199 + 29
+    assert memory(["verify", str(first)]) == 0
+    assert "228 entries" in capsys.readouterr().out.splitlines()[-1]
+    merged, file = tmp_path / "merged", tmp_path / "entries.safetensors"
+    assert memory(["merge", str(first), str(second), "--output", str(merged)]) == 0
+    assert memory(["index", str(merged), "--kind", "ivf_flat"]) == 0
+    assert memory(["export", str(merged), "--output", str(file)]) == 0
+    tensors, store = load_file(file), Datastore.open(merged)
+    assert len(store) == 228 + 79
+    assert [source.name for source in store.manifest.sources] == ["first.txt", "more.txt", "second.txt"]
+    assert store.manifest.documents == 3
+    assert tensors["values"].tolist() == store.entries_between(0, len(store))[0].values.tolist()
+    assert tensors["keys"].equal(store.entries_between(0, len(store))[0].keys)
+    assert tensors["documents"].tolist() == [0] * 199 + [1] * 29 + [2] * 79
+    capsys.readouterr()
+    assert memory(["info", str(merged)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("307 in 3 documents", "16 numbers of float16", "ivf_flat over 307 entries", "more.txt: 29 of 29"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("memories", ["[training]", "[FOLDER]", "[training, FOLDER]"])
+def test_an_evaluation_on_memories(
+    build: Callable[..., Path], options: Options, trained_run: Path, tmp_path: Path, memories: str
+) -> None:
+    folder = build("known", 50)
+    run, experts = tmp_path / "run", ("--experts", "base,mbpa,knn")
+    named = ("--memory.datastores", memories.replace("FOLDER", str(folder)))
+    assert commands.evaluate(options(run, "--checkpoint", str(trained_run), *named, *experts)) == 0
+    with_memories = json.loads((run / "metrics.json").read_text())["experts"]
+    assert commands.evaluate(options(run, "--checkpoint", str(trained_run), *experts)) == 0
+    without = json.loads((run / "metrics.json").read_text())["experts"]
+    assert with_memories["base"]["perplexity"] == without["base"]["perplexity"]
+    assert with_memories["mbpa"]["perplexity"] != without["mbpa"]["perplexity"]
+    assert (with_memories["knn"]["perplexity"] != without["knn"]["perplexity"]) == ("FOLDER" in memories)
+
+
+def test_the_training_text_is_remembered_once(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    evaluate = [*options(tmp_path / "run"), "--checkpoint", str(trained_run), "--experts", "base,knn"]
+    assert commands.evaluate(evaluate) == 0
+    (manifest,) = trained_run.glob("checkpoints/*/datastore/manifest.json")
+    written = manifest.stat().st_mtime_ns
+    assert commands.evaluate(evaluate) == 0
+    assert manifest.stat().st_mtime_ns == written
+    assert commands.evaluate([*evaluate, "--knn.entries", "100"]) == 0
+    assert len(Datastore.open(manifest.parent)) == 100
+
+
+MISTAKES = [
+    (["buld"], "mbpa-memory buld does not exist; did you mean build?"),
+    (["info"], "the following arguments are required: folder; mbpa-memory info --help says what it takes"),
+    (["info", "/nowhere"], "/nowhere holds no memory; make one with mbpa-memory build --output /nowhere"),
+    (["build"], "--checkpoint is missing; mbpa-memory build --help says what it is"),
+    (["build", "--checkpoint", "x", "--output", "y", "--memry.size", "3"], "did you mean memory.size?"),
+    (["index", "x", "--kind", "hnws"], "--kind is 'hnws'; did you mean hnsw?"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes_are_answered_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert memory(arguments) != 0
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_what_does_not_belong_together_is_refused(
+    build: Callable[..., Path], options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = build("first", 50), build("other", 20, "--memory.likely_words", "3")
+    assert memory(["merge", str(first), str(other), "--output", str(tmp_path / "merged")]) != 0
+    assert "cannot be one memory: likely_words is" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    evaluate = [*options(tmp_path / "run"), "--checkpoint", str(trained_run), "--memory.datastores", f"[{other}]"]
+    assert commands.evaluate(evaluate) != 0
+    assert "keeps 3 likely words an entry, memory.likely_words asks for" in capsys.readouterr().err
+    rest = ["--checkpoint", str(trained_run), "--output", str(first), "--text", str(other.parent / "other.txt")]
+    assert memory(["build", *options(tmp_path / "run"), *rest]) != 0
+    assert "holds first.txt already; use mbpa-memory add for more text" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert memory([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in ("build", "add", "index", "info", "verify", "merge", "export"))
