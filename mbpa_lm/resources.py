@@ -21,6 +21,7 @@ from mbpa_lm.gradient_scale import gradient_scale, model_gradient_scale
 from mbpa_lm.memory.base import EntryStore, Memory
 from mbpa_lm.memory.composite import CompositeMemory, JoinedStores
 from mbpa_lm.memory.history import StreamHistory
+from mbpa_lm.memory.slots import SlotMemory
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.base import LanguageModel
 from mbpa_lm.progress import token_progress
@@ -52,13 +53,25 @@ def training_text(config: Config, checkpoint: Checkpoint) -> Text:
 
 def make_memory(config: Config, checkpoint: Checkpoint, metric: Tensor | None) -> Memory:
     """Return an empty memory of the stream, searched together with the configured datastores where there are any."""
-    model, weight = checkpoint.model, checkpoint.model.output_layer().weight
+    model = checkpoint.model
     likely_words = likely_words_kept(config, checkpoint)
-    window = WindowMemory(config.memory.size, model.hidden_size, likely_words, weight.dtype, weight.device, metric)
+    stream = make_stream_memory(config, model, likely_words, metric)
     if not config.memory.datastores:
-        return window
+        return stream
     stores = open_datastores(config, checkpoint, partial(training_text, config, checkpoint))
-    return CompositeMemory(window, JoinedStores(stores), metric)
+    return CompositeMemory(stream, JoinedStores(stores), metric)
+
+
+def make_stream_memory(config: Config, model: LanguageModel, likely_words: int, metric: Tensor | None = None) -> Memory:
+    """Return an empty memory of the stream alone."""
+    memory, weight = config.memory, model.output_layer().weight
+    shape = (memory.size, model.hidden_size, likely_words, weight.dtype, weight.device)
+    surprise = memory.surprise if memory.write == "surprising" else 0.0
+    if memory.write == "reservoir":
+        return SlotMemory(*shape, "reservoir", metric, surprise, config.run.seed)
+    if memory.eviction == "least_retrieved":
+        return SlotMemory(*shape, "least_retrieved", metric, surprise)
+    return WindowMemory(*shape, metric, surprise)
 
 
 def make_history(experts: Sequence[Expert], model: LanguageModel) -> StreamHistory | None:

@@ -90,11 +90,10 @@ def parsed(arguments: list[str]) -> Config:
 class ListedStore:
     """Entries in a list, every one of which is measured."""
 
-    likely_words = 0
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        nothing = keys[:, :0]
-        self.entries = Entries(keys, values, torch.zeros(len(keys)), nothing.int(), nothing)
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, likely_words: int = 0) -> None:
+        self.likely_words = likely_words
+        words = torch.arange(likely_words).int().expand(len(keys), -1)
+        self.entries = Entries(keys, values, torch.full((len(keys),), 9.0), words, torch.full(words.shape, 0.01).to(keys))
 
     def __len__(self) -> int:
         return len(self.entries.values)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,8 +21,10 @@ from mbpa_lm.experts.knn import KnnExpert
 from mbpa_lm.experts.mbpa import MbpaExpert, make_weighting
 from mbpa_lm.experts.persistent import PersistentExpert
 from mbpa_lm.gate import GateRule
-from mbpa_lm.memory.base import Entries
+from mbpa_lm.memory.base import Entries, Memory
+from mbpa_lm.memory.composite import CompositeMemory, JoinedStores
 from mbpa_lm.memory.history import UNBOUNDED, StreamHistory
+from mbpa_lm.memory.slots import SlotMemory
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.mixed_scores import mixed_scores
 from mbpa_lm.models.base import LanguageModel, OutputLayer
@@ -94,9 +96,25 @@ def random_stream(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 30, LENGTH).astype(np.uint16)
 
 
-def losses(kind: str, expert: str, tokens: np.ndarray, chunk_length: int) -> np.ndarray:
+def composite(*shape: Any) -> Memory:
+    generator = torch.Generator().manual_seed(5)
+    store = ListedStore(torch.rand(40, shape[1], generator=generator).double() - 0.5, torch.arange(40) % 30, LIKELY)
+    return CompositeMemory(WindowMemory(*shape), JoinedStores([store]))
+
+
+MEMORIES: dict[str, Callable[..., Memory]] = {
+    "window": WindowMemory,
+    "window of the surprising": lambda *shape: WindowMemory(*shape, surprise=3.4),
+    "reservoir": lambda *shape: SlotMemory(*shape, "reservoir"),
+    "least retrieved": lambda *shape: SlotMemory(*shape, "least_retrieved"),
+    "least retrieved of the surprising": lambda *shape: SlotMemory(*shape, "least_retrieved", surprise=3.4),
+    "composite": composite,
+}
+
+
+def losses(kind: str, expert: str, tokens: np.ndarray, chunk_length: int, memory_kind: str = "window") -> np.ndarray:
     model = small_model(kind)
-    memory = WindowMemory(WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
+    memory = MEMORIES[memory_kind](WINDOW, model.hidden_size, LIKELY, torch.float64, torch.device("cpu"))
     experts = [EXPERTS[expert](model)]
     slow_weights = make_slow_weights(model.output_layer()) if experts[0].needs_slow_weights else None
     scores = score_stream(model, tokens, experts, memory, chunk_length, slow_weights, make_history(experts, model))
@@ -128,6 +146,21 @@ def test_chunks_of_any_length_give_the_same_losses(kind: str, expert: str) -> No
     one_by_one = losses(kind, expert, tokens, 1)
     for chunk_length in (7, 100):
         np.testing.assert_allclose(losses(kind, expert, tokens, chunk_length), one_by_one, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [name for name in MEMORIES if name != "window"])
+def test_every_memory_is_causal_and_of_any_chunk_length(memory: str) -> None:
+    tokens = random_stream()
+    before = losses("lstm", "mbpa", tokens, 25, memory)
+    for position in (60, 110, LENGTH - 1):
+        changed = tokens.copy()
+        changed[position:] = (changed[position:] + 7) % 30
+        after = losses("lstm", "mbpa", changed, 25, memory)
+        assert (before[: position - 1] == after[: position - 1]).all()  # to the bit
+        assert before[position - 1] != after[position - 1]
+    for chunk_length in (1, 7, 100):
+        np.testing.assert_allclose(losses("lstm", "mbpa", tokens, chunk_length, memory), before, atol=1e-6)
+    assert np.abs(before - losses("lstm", "mbpa", tokens, 25)).max() > 0.001  # not what the plain window gives
 
 
 @pytest.mark.parametrize("expert", [name for name in EXPERTS if name != "base"])

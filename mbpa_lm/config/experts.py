@@ -16,6 +16,13 @@ class MemoryConfig:
     """Entries retrieved for a prediction (K)."""
     likely_words: int = 96
     """Likeliest next words kept with an entry, for the restricted solver."""
+    write: Literal["all", "surprising", "reservoir"] = "all"
+    """Which positions are remembered: all; those whose token surprised the base model; or an equal share of the whole stream,
+    the entry that a new one replaces being chosen by chance."""
+    surprise: float = 3.0
+    """surprising: nats, minus the base model's log-probability of a token, from which it is remembered."""
+    eviction: Literal["oldest", "least_retrieved"] = "oldest"
+    """Which entry a new one replaces: the oldest, or the one that was retrieved, or written, longest ago."""
     datastores: list[str] = field(default_factory=list)
     """Folders that mbpa-memory wrote; they are searched together with the window, and by knn together with the training text.
     The word training stands for the training text of the checkpoint."""
@@ -30,7 +37,9 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         require_positive("memory", self, "size", "neighbours", "likely_words")
-        require_not_negative("memory", self, "resident_gib")
+        require_not_negative("memory", self, "resident_gib", "surprise")
+        if self.write == "reservoir":
+            require("memory.eviction", self.eviction, self.eviction == "oldest", "left out with memory.write reservoir")
 
 
 @dataclass(frozen=True)

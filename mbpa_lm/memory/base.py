@@ -21,6 +21,10 @@ class Entries:
     likely_words: Tensor  # (C, c) int32, the base model's likeliest next words at the key, in any order
     likely_probabilities: Tensor  # (C, c)
 
+    def rows(self, rows: slice | Tensor) -> "Entries":
+        """Return some of them."""
+        return Entries(*(tensor[rows] for tensor in self.tensors()))
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the five tensors in the order in which they are declared."""
         return self.keys, self.values, self.log_partitions, self.likely_words, self.likely_probabilities
@@ -93,6 +97,18 @@ def nearest_of(found: Sequence[Neighbours], count: int) -> Neighbours:
     return Neighbours(Entries(*entries), squared_distances, positions).at(newest_first.gather(1, nearest_first))
 
 
+def surprising(entries: Entries, surprises: Tensor | None, threshold: float) -> Tensor:
+    """Return (C,) bool, which positions surprised by at least the threshold, in nats: all where it is 0.
+
+    Raises ValueError where there is a threshold and the surprises are not given.
+    """
+    if threshold <= 0:
+        return torch.ones(len(entries.keys), dtype=torch.bool, device=entries.keys.device)
+    if surprises is None:
+        raise ValueError("surprises are needed to know which entries to store")
+    return surprises >= threshold
+
+
 class EntryStore(Protocol):
     """Entries that are there before the stream begins, and stay as they are while it is read."""
 
@@ -122,13 +138,17 @@ class Memory(Protocol):
         """Say whether scalar products with the last `size` entries before each query are just what a search needs."""
         ...
 
-    def read_and_write(self, entries: Entries, count: int, products: Tensor | None = None) -> Neighbours:
+    def read_and_write(
+        self, entries: Entries, count: int, products: Tensor | None = None, surprises: Tensor | None = None
+    ) -> Neighbours:
         """Answer each position's query, then store that position, in the order of the stream.
 
         Position i of the chunk sees what was stored before the chunk and positions 0 to i - 1 of it: the result is
         the same however the stream is cut into chunks.
 
         Args: entries of the chunk's positions, whose keys are the queries; count: K; products (C, N) of the queries with
-        all keys so far or the last of them, the chunk's own at the end, where the caller has them and `takes_products`.
+        all keys so far or the last of them, the chunk's own at the end, where the caller has them and `takes_products`;
+        surprises (C,): nats, minus the base model's log-probability of each position's own next token, for a memory that does
+        not store all positions.
         """
         ...

@@ -57,10 +57,12 @@ class CompositeMemory:
         """See `Memory.takes_products`."""
         return self._stream.takes_products(size)
 
-    def read_and_write(self, entries: Entries, count: int, products: Tensor | None = None) -> Neighbours:
+    def read_and_write(
+        self, entries: Entries, count: int, products: Tensor | None = None, surprises: Tensor | None = None
+    ) -> Neighbours:
         """See `Memory.read_and_write`."""
         known = self._known(entries.keys, count)
-        recent = self._stream.read_and_write(entries, count, products)
+        recent = self._stream.read_and_write(entries, count, products, surprises)
         return nearest_of([known, recent.later(len(self._store))], count)
 
     def _known(self, queries_Cd: Tensor, count: int) -> Neighbours:

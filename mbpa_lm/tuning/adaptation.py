@@ -34,10 +34,10 @@ from mbpa_lm.config import Config
 from mbpa_lm.errors import DataError
 from mbpa_lm.experts.base import Chunk, Expert
 from mbpa_lm.experts.mbpa import make_problem, make_rule
-from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.mixture import best_weights
 from mbpa_lm.models.base import OutputLayer
 from mbpa_lm.progress import ProgressBar
+from mbpa_lm.resources import make_stream_memory
 from mbpa_lm.tuning.passes import Validation
 
 EXAMPLES = 6000
@@ -187,7 +187,7 @@ def _gather(validation: Validation, size: int) -> Examples:
     layer = model.output_layer()
     collector = _Collector(layer, config, max(1, (len(validation.stream) - 1) // wanted))
     likely_words = min(config.memory.likely_words, model.vocabulary_size)
-    memory = WindowMemory(size, model.hidden_size, likely_words, layer.weight.dtype, layer.weight.device)
+    memory = make_stream_memory(replace(config, memory=replace(config.memory, size=size)), model, likely_words)
     validation.score(f"gathering examples with a window of {size:,}", [collector], memory)
     # A part may have fewer moved words than another where the vocabulary is small: those without the most are left out.
     widest = max(part.log_probabilities_NS1.shape[1] for part in collector.parts)

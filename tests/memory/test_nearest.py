@@ -1,5 +1,6 @@
 """Both searches for the nearest keys, against each other and against a search of the plainest kind, and once against FAISS."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -11,11 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbpa_lm.memory import nearest as module
-from mbpa_lm.memory.nearest import nearest, nearest_compiled, nearest_plain
+from mbpa_lm.memory.nearest import nearest, nearest_compiled
+from mbpa_lm.memory.nearest_faiss import nearest_faiss
+from mbpa_lm.memory.nearest_plain import nearest_plain
 
 Search = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-SEARCHES: dict[str, Search] = {"compiled": nearest_compiled, "plain": nearest_plain}
+SEARCHES: dict[str, Search] = {
+    "compiled": nearest_compiled,
+    "plain": nearest_plain,
+    "faiss": lambda *arguments: nearest_faiss(*arguments[:-1]),  # it makes products of its own
+}
 DTYPES = [torch.float32, torch.float64]
+CASES = [*itertools.product(("compiled", "plain"), DTYPES), ("faiss", torch.float32)]  # FAISS knows single precision alone
 
 
 def find(
@@ -49,8 +57,7 @@ def random_ranges(queries: int, keys: int, generator: torch.Generator) -> tuple[
     return begins, ends
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 @settings(max_examples=60, deadline=None)
 @given(*(st.integers(1, 70), st.integers(1, 9), st.integers(1, 4), st.integers(1, 20), st.integers(0, 1000)), st.integers(0, 3))
 def test_keys_on_a_grid_come_in_the_order_of_a_plain_search(
@@ -67,8 +74,7 @@ def test_keys_on_a_grid_come_in_the_order_of_a_plain_search(
     assert torch.equal(distances, expected_distances.to(dtype))
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 9), st.integers(1, 40), st.integers(1, 20), st.integers(0, 1000))
 def test_keys_anywhere_come_in_the_order_of_a_plain_search(
@@ -100,15 +106,14 @@ def test_compiled_and_plain_agree_also_on_contexts_that_recur(contexts: int, dty
     queries = keys[torch.randint(0, 1000, (50,), generator=generator)].clone()
     queries[25:] += torch.randn(25, 24, generator=generator, dtype=dtype)
     begins, ends = random_ranges(50, 1000, generator)
-    compiled, plain = (find(name, keys, queries, begins, ends, 12) for name in SEARCHES)
+    compiled, plain = (find(name, keys, queries, begins, ends, 12) for name in ("compiled", "plain"))
     assert torch.equal(compiled[0], plain[0])
     torch.testing.assert_close(compiled[1], plain[1], rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=0)
     if contexts < 1000:
         assert torch.equal(compiled[0], search_plainly(keys, queries, begins, ends, 12)[0])
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_among_more_copies_than_candidates_the_newest_come_first(name: str, dtype: torch.dtype) -> None:
     keys = torch.ones(200, 5, dtype=dtype)
     keys[::7] = 3.0
@@ -120,8 +125,7 @@ def test_among_more_copies_than_candidates_the_newest_come_first(name: str, dtyp
     assert distances[2, 1:].tolist() == [math.inf, math.inf]
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 @pytest.mark.parametrize("d", [2, 7, 600])
 def test_keys_far_from_the_origin_are_told_apart(name: str, dtype: torch.dtype, d: int) -> None:
     # Squared norms are about 2^24 d, distances at most a few d / 2^12: far below the rounding of a product in single precision.
@@ -136,8 +140,7 @@ def test_keys_far_from_the_origin_are_told_apart(name: str, dtype: torch.dtype, 
     assert torch.equal(distances, expected_distances.to(dtype))
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_no_key_is_in_sight(name: str, dtype: torch.dtype) -> None:
     keys, queries = torch.zeros(3, 2, dtype=dtype), torch.zeros(2, 2, dtype=dtype)
     rows, distances = find(name, keys, queries, torch.tensor([1, 3]), torch.tensor([1, 3]), 4)
@@ -145,8 +148,7 @@ def test_no_key_is_in_sight(name: str, dtype: torch.dtype) -> None:
     assert distances.tolist() == [[math.inf] * 4] * 2
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_what_a_query_does_not_see_changes_nothing_to_the_bit(name: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     for d in (1, 5, 16, 33, 61):

@@ -32,6 +32,26 @@ def random_entries(count: int, dimension: int = 5, seed: int = 0) -> Entries:
     return make_entries(torch.randn(count, dimension, generator=generator, dtype=torch.float64), seed)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 300])
+def test_only_what_surprises_is_stored(chunk: int) -> None:
+    stream, surprises = random_entries(300), torch.rand(300, generator=torch.Generator().manual_seed(1)) * 4
+    memory = WindowMemory(40, 5, LIKELY, torch.float64, torch.device("cpu"), surprise=2.0)
+    stored = (surprises >= 2.0).nonzero()[:, 0]
+    parts = []
+    for begin in range(0, 300, chunk):
+        piece = slice(begin, begin + chunk)
+        parts.append(memory.read_and_write(stream.rows(piece), 6, surprises=surprises[piece]))
+    found = Neighbours.joined(parts)
+    for query in range(300):
+        seen = stored[stored < query][-40:]
+        distances = (stream.keys[seen] - stream.keys[query]).square().sum(1)
+        nearest = distances.argsort()[:6]
+        assert torch.equal(found.entries.values[query, : len(nearest)], stream.values[seen[nearest]])
+        torch.testing.assert_close(found.squared_distances[query, : len(nearest)], distances[nearest])
+    with pytest.raises(ValueError, match="surprises are needed"):
+        memory.read_and_write(stream, 6)
+
+
 def read_in_chunks(
     size: int, chunk: int, stream: Entries, K: int, metric: torch.Tensor | None = None, one_retrieval: bool = False
 ) -> Neighbours:

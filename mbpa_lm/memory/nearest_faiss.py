@@ -1,0 +1,73 @@
+"""The same search through FAISS: on a GPU, tensors stay where they are (knn_gpu); on a CPU it is what tests compare with.
+
+FAISS knows of no stretches: it searches the keys that all queries see, and the few that only some see are measured directly.
+
+Dimensions: `C` queries, `K` neighbours, `N` keys, `n` candidates, `d` hidden size.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import faiss
+import torch
+from torch import Tensor
+
+from mbpa_lm.memory.nearest_plain import ROUNDING, SPARE_CANDIDATES, choose, measure_all
+
+Knn = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""Queries (C, d), keys (N, d) and K to squared distances (C, K), smallest first, and rows (C, K)."""
+
+
+def nearest_faiss(
+    keys_Nd: Tensor,
+    squared_norms_N: Tensor,
+    queries_Cd: Tensor,
+    begins_C: Tensor,
+    ends_C: Tensor,
+    count: int,
+    knn: Knn | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do what `nearest.nearest` does, for single precision; `knn` is the device's own where it is not given."""
+    knn = knn or (knn_on_gpu if keys_Nd.is_cuda else knn_on_cpu)
+    begin, end = int(begins_C.max()), int(ends_C.min())
+    first, last = int(begins_C.min()), int(ends_C.max())
+    end = max(begin, end)
+    rows_n = torch.cat([torch.arange(first, begin), torch.arange(end, last)]).to(keys_Nd.device)
+    seen_Cn = (rows_n >= begins_C[:, None]) & (rows_n < ends_C[:, None])
+    candidates_Cn = rows_n.where(seen_Cn, -1)
+    wanted = min(count + SPARE_CANDIDATES, end - begin)
+    farthest_C = torch.full_like(squared_norms_N[:1].expand(len(queries_Cd)), torch.inf)
+    if wanted:
+        distances_Cn, found_Cn = knn(queries_Cd.contiguous(), keys_Nd[begin:end].contiguous(), wanted)
+        candidates_Cn = torch.cat([candidates_Cn, found_Cn + begin], dim=1)
+        farthest_C = distances_Cn[:, -1] if wanted < end - begin else farthest_C
+    rows_CK, distances_CK = choose(keys_Nd, queries_Cd, candidates_Cn, count)
+    allowed_C = ROUNDING[keys_Nd.dtype] * (queries_Cd.square().sum(1) + squared_norms_N.amax())
+    doubtful_C = farthest_C <= distances_CK[:, -1] + allowed_C
+    return measure_all(doubtful_C, keys_Nd, queries_Cd, begins_C, ends_C, rows_CK, distances_CK)
+
+
+def knn_on_cpu(queries_Cd: Tensor, keys_Nd: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Search with `faiss.knn`."""
+    distances, rows = faiss.knn(queries_Cd.numpy(), keys_Nd.numpy(), count)
+    return torch.from_numpy(distances), torch.from_numpy(rows)
+
+
+def knn_on_gpu(queries_Cd: Tensor, keys_Nd: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Search with `faiss.knn_gpu`, on the tensors' own device and stream."""
+    with torch.cuda.device(queries_Cd.device):
+        found: tuple[Tensor, Tensor] = faiss.knn_gpu(_resources(queries_Cd.device.index), queries_Cd, keys_Nd, count)
+    return found
+
+
+def has_gpu_build() -> bool:
+    """Say whether FAISS was built for GPUs and sees one."""
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+@functools.cache
+def _resources(device: int) -> Any:
+    import faiss.contrib.torch_utils
+
+    return faiss.StandardGpuResources()
