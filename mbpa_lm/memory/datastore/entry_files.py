@@ -95,7 +95,10 @@ class EntryFiles:
 
     def rows(self, name: str, rows: np.ndarray) -> Tensor:
         """Return the given rows (n,) of a column: (n, width)."""
-        column, found = self.columns[name], np.empty((len(rows), self.columns[name].width), self.columns[name].bits)
+        column = self.columns[name]
+        found = np.zeros((len(rows), column.width), column.bits)
+        if not self._count:
+            return column.decode(found)
         step = max(1, self.memory_limit // 8 // PAGES_AT_ONCE) if self.memory_limit else max(1, len(rows))
         for begin in range(0, len(rows), step):
             np.take(self._maps[name], rows[begin : begin + step], axis=0, out=found[begin : begin + step], mode="clip")

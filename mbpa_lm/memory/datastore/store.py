@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ from mbpa_lm.memory.datastore.manifest import (
     read_manifest,
     write_manifest,
 )
+from mbpa_lm.memory.datastore.measuring import nearest_entries, read_entries
 
-QUERIES_AT_ONCE = 64
 INDEXED_SHARE = 0.9
 """Share of the entries below which an index is to be made again: the others are searched one by one."""
 LOCK, UNCHANGED = ".lock", "unchanged.json"
@@ -57,6 +58,7 @@ class Datastore:
         self._memory_limit, self._gpus, self._lock = memory_limit, gpus, lock
         self._files = EntryFiles(folder, manifest.layout, manifest.entries, memory_limit)
         self._index: Any = None
+        self._last_keys: tuple[tuple[int, int], np.ndarray] | None = None
         if not trusted:
             self._check_unchanged()
             self._load_index()
@@ -155,8 +157,8 @@ class Datastore:
 
     def search(self, queries_Cd: Tensor, count: int) -> Neighbours:
         """See `EntryStore.search`; how many of the nearest an approximate index finds is in `manifest.index.recall`."""
-        parts = [self._search_some(queries, count) for queries in queries_Cd.split(QUERIES_AT_ONCE)]
-        return parts[0] if len(parts) == 1 else Neighbours.joined(parts)
+        queries = np.ascontiguousarray(queries_Cd.detach().float().cpu().numpy())
+        return nearest_entries(self._files, self._candidates(queries, count), queries_Cd, count)
 
     def needs_index(self, kind: IndexKind | None = None) -> bool:
         """Say whether there is another index than asked for (None: than the size asks for), or one of far fewer entries."""
@@ -199,29 +201,12 @@ class Datastore:
     def entries_between(self, begin: int, end: int) -> tuple[Entries, Tensor]:
         """Return consecutive entries as they are stored, and the documents (n,) that they come from."""
         documents = self._files.between("documents", begin, end)[:, 0]
-        return self._entries(lambda name: self._files.between(name, begin, end)), documents
+        read = partial(self._files.between, begin=begin, end=end)
+        return read_entries(read, self.likely_words), documents
 
     def column_between(self, name: str, begin: int, end: int) -> Tensor:
         """Return consecutive rows (n, width) of one column."""
         return self._files.between(name, begin, end)
-
-    def _search_some(self, queries_Cd: Tensor, count: int) -> Neighbours:
-        queries = np.ascontiguousarray(queries_Cd.detach().float().cpu().numpy())
-        rows = self._candidates(queries, count)
-        width = min(rows.shape[1], max(count, 1))
-        present = rows >= 0
-        filled = np.where(present, rows, 0)
-        distances = torch.full(rows.shape, torch.inf)
-        if len(self):
-            keys = self._files.rows("keys", filled.ravel()).float().view(*rows.shape, -1)
-            distances = (keys - torch.from_numpy(queries)[:, None]).square().sum(-1)
-            distances[torch.from_numpy(~present)] = torch.inf
-        # Two sorts, of which the second keeps the first's order among equals: by row, newest first, then by distance.
-        by_row = np.argsort(-rows, axis=1, kind="stable")
-        by_distance = np.argsort(np.take_along_axis(distances.numpy(), by_row, axis=1), axis=1, kind="stable")
-        order = np.take_along_axis(by_row, by_distance, axis=1)[:, :width]
-        rows = np.take_along_axis(rows, order, axis=1)
-        return self._neighbours(rows, distances.gather(1, torch.from_numpy(order)), count, queries_Cd)
 
     def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Return rows (C, k) that hold the nearest entries and some more, -1 where there are fewer."""
@@ -231,39 +216,16 @@ class Datastore:
             indexed = self.manifest.index.entries
             found.append(self._index.search(queries, indexes.candidates(self.manifest.index.kind, count))[1])
         if indexed < len(self):
-            found.append(search_blocks(self._files.keys, indexed, len(self), queries, count + 8)[1])
+            found.append(search_blocks(self._keys, indexed, len(self), queries, count + 8)[1])
         return np.concatenate(found, axis=1) if found else np.full((len(queries), count), -1)
 
-    def _neighbours(self, rows: np.ndarray, distances: Tensor, count: int, queries: Tensor) -> Neighbours:
-        """Return the entries in the given rows, with empty places behind them where they are fewer than asked for."""
-        missing = count - rows.shape[1]
-        rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
-        distances = torch.nn.functional.pad(distances, (0, missing), value=torch.inf)
-        filled = np.where(rows >= 0, rows, 0).ravel()
-
-        def read(name: str) -> Tensor:
-            if not len(self):
-                column = self._files.columns[name]
-                return torch.zeros(rows.size, column.width, dtype=column.stored)
-            found = self._files.rows(name, filled)
-            found[torch.from_numpy(rows.ravel() < 0)] = 0
-            return found
-
-        entries = self._entries(lambda name: read(name).view(*rows.shape, -1))
-        device = queries.device
-        on_device = Entries(*(tensor.to(device) for tensor in entries.tensors()))
-        return Neighbours(on_device, distances.to(device), torch.from_numpy(rows).to(device))
-
-    def _entries(self, read: Callable[[str], Tensor]) -> Entries:
-        keys = read("keys")
-        empty = keys.new_empty(*keys.shape[:-1], 0)
-        return Entries(
-            keys,
-            read("values")[..., 0].long(),
-            read("log_partitions")[..., 0],
-            read("likely_words") if self.likely_words else empty.int(),
-            read("likely_probabilities") if self.likely_words else empty,
-        )
+    def _keys(self, begin: int, end: int) -> np.ndarray:
+        """Return keys in single precision; those behind the index are kept so where they are few, for the next search."""
+        if end - begin > indexes.EXACT_UP_TO:
+            return self._files.keys(begin, end)
+        if self._last_keys is None or self._last_keys[0] != (begin, end):
+            self._last_keys = ((begin, end), self._files.keys(begin, end))
+        return self._last_keys[1]
 
     def _suitable_index(self) -> IndexKind:
         return indexes.choose_kind(len(self), self.manifest.layout, self._memory_limit)
