@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+CODE = ("mbpa_lm", "configs", "train.py", "evaluate.py")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's mallopt, from malloc.h."""
 
@@ -78,7 +79,7 @@ def peak_gpu_memory_bytes() -> int:
 def describe_machine(device: torch.device) -> str:
     """Return one line about the processor and accelerator that a result was measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def _processor() -> str:
@@ -92,13 +93,17 @@ def _processor() -> str:
 
 
 def code_commit() -> str | None:
-    """Return the commit of the checkout that this package runs from, `-dirty` where files differ; None elsewhere."""
+    """Return the commit of the checkout that this package runs from, `-dirty` where its code differs; None elsewhere."""
     folder = Path(__file__).parents[1]
     if not (folder / ".git").exists():
         return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip()
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,218 @@
+"""What memories cost to build and to search, by size and kind, beside plain calls of FAISS on the same keys.
+
+    python benchmarks/memory.py --output runs/memory.json            # 10k, 100k, 1M keys; d 64 and 400
+    python benchmarks/memory.py --large --output runs/memory.json    # 10M keys of d 64 too (4 GB of disk)
+    python benchmarks/memory.py --quick --output runs/memory.json    # 10k keys of d 64
+    python benchmarks/memory.py --keys FILE.safetensors ...          # real ones, that mbpa-memory export wrote, instead
+
+Random keys are noisy copies of one of 300 to 30,000 contexts. Each row runs in a process of its own. "one" and "many" are
+microseconds a query, asked alone and 256 at once, for 32 neighbours with their keys, words and log-partitions. "faiss" is the
+bare search of the very same index for as many candidates, or `faiss.knn` where there is none: distances and row numbers only;
+"by hand" is that and the NumPy lines that fetch the neighbours' keys and words from arrays in memory, which is what a user
+would write instead. "exact" is `faiss.knn` over all keys in single precision. Recall is against it. Resident memory is that of the
+process, of which about 300 MB are Python, PyTorch and FAISS.
+"""
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+
+from mbpa_lm.machine import describe_machine, resident_bytes
+from mbpa_lm.memory.base import Entries
+from mbpa_lm.memory.datastore.index import candidates
+from mbpa_lm.memory.datastore.manifest import Identity, Layout
+from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.memory.window import WindowMemory
+
+K, QUERIES, WRITTEN_AT_ONCE = 32, 256, 1 << 16
+COLUMNS = ("build", "disk", "resident", "one", "many", "faiss", "by hand", "exact", "recall")
+Row = dict[str, Any]
+
+
+def median_seconds(call: Callable[[], object], seconds: float = 1.0) -> float:
+    call()
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+class Keys:
+    """Keys by their numbers, and queries near some of them."""
+
+    def __init__(self, count: int, d: int, file: str | None) -> None:
+        self.count, self.d, self._file = count, d, file
+        generator = torch.Generator().manual_seed(1)
+        self._contexts = torch.randn(max(300, count // 300), d, generator=generator) if file is None else None
+
+    def between(self, begin: int, end: int) -> torch.Tensor:
+        if self._file is not None:
+            with safe_open(self._file, framework="pt") as file:
+                return file.get_slice("keys")[begin:end].float()
+        assert self._contexts is not None
+        generator = torch.Generator().manual_seed(begin)
+        contexts = self._contexts[torch.randint(0, len(self._contexts), (end - begin,), generator=generator)]
+        return (contexts + 0.5 * torch.randn(end - begin, self.d, generator=generator)).half().float()
+
+    def all(self) -> np.ndarray:
+        found = np.empty((self.count, self.d), np.float32)
+        for begin in range(0, self.count, WRITTEN_AT_ONCE):
+            end = min(begin + WRITTEN_AT_ONCE, self.count)
+            found[begin:end] = self.between(begin, end).numpy()
+        return found
+
+    def queries(self) -> torch.Tensor:
+        first = self.count // 2 // WRITTEN_AT_ONCE * WRITTEN_AT_ONCE
+        near = self.between(first, min(first + WRITTEN_AT_ONCE, self.count))
+        chosen = near[torch.linspace(0, len(near) - 1, QUERIES).long()]
+        spread = near.std(0)
+        return chosen + 0.3 * spread * torch.randn(QUERIES, self.d, generator=torch.Generator().manual_seed(2))
+
+
+def entries_of(keys: torch.Tensor) -> Entries:
+    count = len(keys)
+    return Entries(keys, torch.arange(count), torch.zeros(count), torch.zeros(count, 0).int(), torch.zeros(count, 0))
+
+
+def measure_datastore(keys: Keys, kind: str, folder: Path) -> Row:
+    store = Datastore.create(folder / "memory", Identity("benchmark", "benchmark"), Layout(keys.d))
+    start = time.perf_counter()
+    for begin in range(0, keys.count, WRITTEN_AT_ONCE):
+        store.add(entries_of(keys.between(begin, min(begin + WRITTEN_AT_ONCE, keys.count))))
+    written = time.perf_counter()
+    store.build_index(None if kind == "auto" else kind)  # type: ignore[arg-type]
+    built = time.perf_counter()
+    queries, record = keys.queries(), store.manifest.index
+    many = median_seconds(lambda: store.search(queries, K)) / QUERIES
+    one = median_seconds(lambda: store.search(queries[:1], K))
+    found = store.search(queries, K).positions.numpy()
+    resident = resident_bytes()
+    everything, asked = keys.all(), queries.numpy()
+    start_exact = time.perf_counter()
+    expected = faiss.knn(asked, everything, K)[1]
+    exact = (time.perf_counter() - start_exact) / QUERIES
+    wanted = K + 8 if record is None else candidates(record.kind, K)
+
+    def bare() -> tuple[np.ndarray, np.ndarray]:
+        found = faiss.knn(asked, everything, wanted) if store._index is None else store._index.search(asked, wanted)
+        return found  # type: ignore[no-any-return]
+
+    half, values = everything.astype(np.float16), np.arange(keys.count)
+    log_partitions = np.zeros(keys.count, np.float32)
+
+    def by_hand() -> object:
+        rows = bare()[1]
+        measured = np.square(half[rows].astype(np.float32) - asked[:, None]).sum(-1)
+        nearest = np.take_along_axis(rows, measured.argsort(axis=1)[:, :K], axis=1)
+        return half[nearest], values[nearest], log_partitions[nearest]
+
+    return {
+        "kind": "flat" if record is None else f"{record.kind}, effort {record.search['effort']} of {record.search['cells']}",
+        "entries_per_second_written": keys.count / (written - start),
+        "seconds_indexing": built - written,
+        "build": keys.count / (built - start),
+        "disk": sum(file.stat().st_size for file in (folder / "memory").iterdir()),
+        "resident": resident,
+        "one": one * 1e6,
+        "many": many * 1e6,
+        "faiss": median_seconds(bare) / QUERIES * 1e6,
+        "by hand": median_seconds(by_hand) / QUERIES * 1e6,
+        "exact": exact * 1e6,
+        "recall": float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found, expected, strict=True)])),
+    }
+
+
+def measure_window(keys: Keys) -> Row:
+    memory = WindowMemory(keys.count, keys.d, 0, torch.float32, torch.device("cpu"))
+    everything = torch.from_numpy(keys.all())
+    start = time.perf_counter()
+    for begin in range(0, keys.count, 4096):
+        memory._append(entries_of(everything[begin : begin + 4096]))
+    built = time.perf_counter()
+    queries = entries_of(keys.queries())
+    many = median_seconds(lambda: memory.read_and_write(queries, K)) / QUERIES
+    one = median_seconds(lambda: memory.read_and_write(queries.rows(slice(0, 1)), K))
+    asked, array = queries.keys.numpy(), everything.numpy()
+    exact = median_seconds(lambda: faiss.knn(asked, array, K)) / QUERIES
+    return {
+        "kind": "window",
+        "build": keys.count / (built - start),
+        "disk": 0,
+        "resident": resident_bytes(),
+        "one": one * 1e6,
+        "many": many * 1e6,
+        "faiss": exact * 1e6,
+        "exact": exact * 1e6,
+        "recall": 1.0,
+    }
+
+
+def measure(backend: str, count: int, d: int, file: str | None, folder: str, results: Any) -> None:
+    keys = Keys(count, d, file)
+    row = measure_window(keys) if backend == "window" else measure_datastore(keys, backend, Path(folder))
+    results.put({"backend": backend, "keys": count, "d": d, **row})
+
+
+def configurations(arguments: argparse.Namespace) -> list[tuple[str, int, int]]:
+    if arguments.keys:
+        with safe_open(arguments.keys, framework="pt") as file:
+            count, d = file.get_slice("keys").get_shape()
+        return [(backend, count, d) for backend in ("auto", "ivf_pq", "hnsw")]
+    if arguments.quick:
+        return [(backend, 10_000, 64) for backend in ("window", "flat", "hnsw")]
+    found = [
+        (backend, count, d) for d in (64, 400) for count in (10_000, 100_000) for backend in ("window", "flat", "auto", "hnsw")
+    ]
+    found += [("auto", 1_000_000, 64), ("ivf_pq", 1_000_000, 64), ("auto", 1_000_000, 400)]
+    return [*found, *([("auto", 10_000_000, 64)] if arguments.large else [])]
+
+
+def show(rows: list[Row]) -> None:
+    table = Table("memory", "keys", "d", "built/s", "disk MB", "resident MB", *COLUMNS[3:])
+    for row in rows:
+        sizes = [f"{row['build']:,.0f}", f"{row['disk'] / 1e6:,.0f}", f"{row['resident'] / 1e6:,.0f}"]
+        times = [f"{row[name]:,.0f}" if name in row else "" for name in COLUMNS[3:-1]]
+        table.add_row(row["kind"], f"{row['keys']:,}", str(row["d"]), *sizes, *times, f"{row['recall']:.1%}")
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--keys", type=str)
+    parser.add_argument("--folder", type=Path, help="where the memories are written; a temporary folder where it is left out")
+    arguments = parser.parse_args()
+    context, rows = multiprocessing.get_context("spawn"), []
+    for backend, count, d in configurations(arguments):
+        folder = tempfile.mkdtemp(dir=arguments.folder)
+        results = context.Queue()
+        process = context.Process(target=measure, args=(backend, count, d, arguments.keys, folder, results))
+        process.start()
+        rows.append(results.get())
+        process.join()
+        shutil.rmtree(folder)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps({"machine": describe_machine(torch.device("cpu")), "rows": rows}, indent=1))
+        show(rows[-1:])
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
