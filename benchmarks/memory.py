@@ -9,8 +9,8 @@ Random keys are noisy copies of one of 300 to 30,000 contexts. Each row runs in 
 microseconds a query, asked alone and 256 at once, for 32 neighbours with their keys, words and log-partitions. "faiss" is the
 bare search of the very same index for as many candidates, or `faiss.knn` where there is none: distances and row numbers only;
 "by hand" is that and the NumPy lines that fetch the neighbours' keys and words from arrays in memory, which is what a user
-would write instead. "exact" is `faiss.knn` over all keys in single precision. Recall is against it. Resident memory is that of the
-process, of which about 300 MB are Python, PyTorch and FAISS.
+would write instead. "exact" is `faiss.knn` over all keys in single precision. Recall is against it. Resident memory is that
+of the process, of which about 300 MB are Python, PyTorch and FAISS.
 """
 
 import argparse

@@ -79,7 +79,8 @@ def peak_gpu_memory_bytes() -> int:
 def describe_machine(device: torch.device) -> str:
     """Return one line about the processor and accelerator that a result was measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}"
+    processors = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{name}, {processors}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def _processor() -> str:
