@@ -83,7 +83,8 @@ def score_stream(
                 likely = likely_words(base_CV, memory.likely_words)
                 entries = Entries(hidden_states_Cd, targets_C, log_partitions_C, *likely)
                 products = stretch.products if stretch and one_retrieval else None
-                found = memory.read_and_write(entries, neighbours, products, -pick(base_CV, targets_C))
+                stored = -pick(base_CV, targets_C) >= memory.surprise if memory.surprise else None
+                found = memory.read_and_write(entries, neighbours, products, stored)
         chunk = Chunk(inputs_C, hidden_states_Cd, base_CV, log_partitions_C, found, None, stretch)
         for expert in experts:
             if not expert.needs_slow_weights:

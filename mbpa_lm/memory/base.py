@@ -97,18 +97,6 @@ def nearest_of(found: Sequence[Neighbours], count: int) -> Neighbours:
     return Neighbours(Entries(*entries), squared_distances, positions).at(newest_first.gather(1, nearest_first))
 
 
-def surprising(entries: Entries, surprises: Tensor | None, threshold: float) -> Tensor:
-    """Return (C,) bool, which positions surprised by at least the threshold, in nats: all where it is 0.
-
-    Raises ValueError where there is a threshold and the surprises are not given.
-    """
-    if threshold <= 0:
-        return torch.ones(len(entries.keys), dtype=torch.bool, device=entries.keys.device)
-    if surprises is None:
-        raise ValueError("surprises are needed to know which entries to store")
-    return surprises >= threshold
-
-
 class EntryStore(Protocol):
     """Entries that are there before the stream begins, and stay as they are while it is read."""
 
@@ -129,6 +117,8 @@ class Memory(Protocol):
 
     likely_words: int
     """How many likely words an entry keeps (c)."""
+    surprise: float
+    """Positions whose token the base model expected better than with so many nats are not to be stored; 0: all are."""
 
     def __len__(self) -> int:
         """Return the number of entries that the next query would see."""
@@ -139,7 +129,7 @@ class Memory(Protocol):
         ...
 
     def read_and_write(
-        self, entries: Entries, count: int, products: Tensor | None = None, surprises: Tensor | None = None
+        self, entries: Entries, count: int, products: Tensor | None = None, stored: Tensor | None = None
     ) -> Neighbours:
         """Answer each position's query, then store that position, in the order of the stream.
 
@@ -148,7 +138,6 @@ class Memory(Protocol):
 
         Args: entries of the chunk's positions, whose keys are the queries; count: K; products (C, N) of the queries with
         all keys so far or the last of them, the chunk's own at the end, where the caller has them and `takes_products`;
-        surprises (C,): nats, minus the base model's log-probability of each position's own next token, for a memory that does
-        not store all positions.
+        stored (C,) bool: which positions are stored, all where it is not given; products are of no use with it.
         """
         ...

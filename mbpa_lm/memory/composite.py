@@ -47,7 +47,7 @@ class CompositeMemory:
         """
         if stream.likely_words != store.likely_words:
             raise ValueError("entries with different numbers of likely words")
-        self.likely_words = stream.likely_words
+        self.likely_words, self.surprise = stream.likely_words, stream.surprise
         self._stream, self._store, self._metric_d = stream, store, metric
 
     def __len__(self) -> int:
@@ -58,11 +58,11 @@ class CompositeMemory:
         return self._stream.takes_products(size)
 
     def read_and_write(
-        self, entries: Entries, count: int, products: Tensor | None = None, surprises: Tensor | None = None
+        self, entries: Entries, count: int, products: Tensor | None = None, stored: Tensor | None = None
     ) -> Neighbours:
         """See `Memory.read_and_write`."""
         known = self._known(entries.keys, count)
-        recent = self._stream.read_and_write(entries, count, products, surprises)
+        recent = self._stream.read_and_write(entries, count, products, stored)
         return nearest_of([known, recent.later(len(self._store))], count)
 
     def _known(self, queries_Cd: Tensor, count: int) -> Neighbours:

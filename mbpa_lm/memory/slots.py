@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mbpa_lm.memory.base import Entries, Neighbours, surprising
+from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.entry_tensors import EntryTensors
 from mbpa_lm.memory.nearest import nearest
 
@@ -26,7 +26,7 @@ GivenUp = Literal["reservoir", "least_retrieved"]
 
 
 class SlotMemory:
-    """`size` entries, searched exactly; see WindowMemory for `metric` and `surprise`.
+    """`size` entries, searched exactly; see EntryTensors for `metric`, and `Memory.surprise`.
 
     Among more entries at one distance than are asked for, which are found is not defined; those found come newest first.
     """
@@ -44,7 +44,8 @@ class SlotMemory:
         seed: int = 0,
     ) -> None:
         self.likely_words = likely_words
-        self._size, self._surprise, self._given_up, self._seed = size, surprise, given_up, seed
+        self.surprise = surprise
+        self._size, self._given_up, self._seed = size, given_up, seed
         self._tensors = EntryTensors(size, hidden_size, likely_words, dtype, device, metric)
         self._positions_N = torch.empty(size, dtype=torch.int64, device=device)
         self._offered = self._written = 0
@@ -58,10 +59,10 @@ class SlotMemory:
         return False
 
     def read_and_write(
-        self, entries: Entries, count: int, products: Tensor | None = None, surprises: Tensor | None = None
+        self, entries: Entries, count: int, products: Tensor | None = None, stored: Tensor | None = None
     ) -> Neighbours:
         """See `Memory.read_and_write`."""
-        stored_C = surprising(entries, surprises, self._surprise)
+        stored_C = torch.ones_like(entries.values, dtype=torch.bool) if stored is None else stored
         parts = []
         for begin in range(0, len(entries.keys), PRODUCTS_AT_ONCE):
             rows = slice(begin, begin + PRODUCTS_AT_ONCE)

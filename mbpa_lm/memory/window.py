@@ -12,7 +12,7 @@ Dimensions: `C` positions of a chunk, `K` neighbours, `d` hidden size, `N` entri
 import torch
 from torch import Tensor
 
-from mbpa_lm.memory.base import Entries, Neighbours, surprising
+from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.entry_tensors import EntryTensors
 from mbpa_lm.memory.nearest import nearest
 
@@ -20,10 +20,7 @@ QUERIES_AT_ONCE = 256
 
 
 class WindowMemory:
-    """A sliding window over the last `size` entries; see EntryTensors for what a `metric` is.
-
-    With a `surprise` of more than 0 nats, positions whose token the base model expected better are not stored.
-    """
+    """A sliding window over the last `size` entries; see EntryTensors for `metric`, and `Memory.surprise`."""
 
     def __init__(
         self,
@@ -36,7 +33,8 @@ class WindowMemory:
         surprise: float = 0.0,
     ) -> None:
         self.likely_words = likely_words
-        self._size, self._surprise = size, surprise
+        self.surprise = surprise
+        self._size = size
         self._tensors = EntryTensors(2 * size + QUERIES_AT_ONCE, hidden_size, likely_words, dtype, device, metric)
         self._takes_products = metric is None and surprise <= 0
         self._end = 0  # entries lie in [end - len(self), end) of the tensors
@@ -50,11 +48,11 @@ class WindowMemory:
         return self._takes_products and size == self._size
 
     def read_and_write(
-        self, entries: Entries, count: int, products: Tensor | None = None, surprises: Tensor | None = None
+        self, entries: Entries, count: int, products: Tensor | None = None, stored: Tensor | None = None
     ) -> Neighbours:
         """See `Memory.read_and_write`."""
         chunk, parts = len(entries.keys), []
-        stored_C = surprising(entries, surprises, self._surprise)
+        stored_C = torch.ones_like(entries.values, dtype=torch.bool) if stored is None else stored
         for begin in range(0, chunk, QUERIES_AT_ONCE):
             rows = slice(begin, min(begin + QUERIES_AT_ONCE, chunk))
             own = None if products is None else products[rows, : products.shape[1] - (chunk - rows.stop)]
