@@ -51,11 +51,17 @@ class ProgressBar:
         seconds = max(time.monotonic() - self._started, 1e-9)
         share = f"{self._done / self._total:4.0%} of {self._total:,}" if self._total else f"{self._done:,}"
         text = f"{share} {self._unit}, {self._done / seconds:,.0f}/s"
+        if self._total and self._done and self._bar is None:  # a bar shows the time left itself
+            text += f", {_duration(seconds / self._done * (self._total - self._done))} left"
         return f"{text}, {self._note}" if self._note else text
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 @contextmanager
