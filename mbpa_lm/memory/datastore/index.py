@@ -49,8 +49,8 @@ def choose_kind(entries: int, layout: Layout, memory_limit: int = 0) -> IndexKin
 
 
 def choose_cells(entries: int, hidden_size: int, memory_limit: int = 0) -> int:
-    """Return the number of cells: 4 sqrt(N), and no more than keys to train them on may be resident."""
-    most = memory_limit // 4 // (TRAINED_ON_PER_CELL * 4 * hidden_size) if memory_limit else entries
+    """Return the number of cells: 4 sqrt(N), and no more than a twelfth of the limit holds keys to train them on."""
+    most = memory_limit // 12 // (TRAINED_ON_PER_CELL * 4 * hidden_size) if memory_limit else entries
     return max(1, min(round(4 * math.sqrt(entries)), entries // TRAINED_ON_PER_CELL, most))
 
 
