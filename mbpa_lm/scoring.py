@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from mbpa_lm.adaptation.problem import normalize, pick
 from mbpa_lm.adaptation.slow_weights import SlowWeights
 from mbpa_lm.experts.base import Chunk, Expert, SlowSoftmax
 from mbpa_lm.features import FEATURES, features, principal_directions
-from mbpa_lm.memory.base import Entries, Memory, Neighbours
+from mbpa_lm.memory.base import Entries, Memory, Neighbours, SearchesAhead
 from mbpa_lm.memory.history import StreamHistory, Stretch
 from mbpa_lm.models.base import LanguageModel, State
 
@@ -53,7 +54,6 @@ def score_stream(
     on_progress is told how many tokens have been scored so far. The model must be in evaluation mode. Returns the loss of
     every expert at every position.
     """
-    device = model.output_layer().weight.device
     count = len(tokens) - 1
     losses, components = ({expert.name: np.empty(count, dtype=np.float32) for expert in experts} for _ in range(2))
     scores = StreamScores(losses, components, np.zeros((count, len(FEATURES)), dtype=np.float32))
@@ -61,18 +61,15 @@ def score_stream(
     directions = principal_directions(model.output_layer().weight) if len(experts) > 1 else None
     # A memory that searches what the caches look at needs no products of its own.
     one_retrieval = history is not None and memory.takes_products(history.size)
-    clock = _Clock(device)
-    state: State | None = None
-    for begin in range(0, count, chunk_length):
-        end = min(begin + chunk_length, count)
-        read = torch.from_numpy(tokens[begin : end + 1].astype(np.int64)).to(device)
-        inputs_C, targets_C = read[:-1], read[1:]
-        with clock.measure("model"):
-            output = model(inputs_C[None], state)
-            state = output.state
-            hidden_states_Cd = output.hidden_states[0]
-            logits_CV = model.output_layer().logits(hidden_states_Cd)
-            base_CV, log_partitions_C = normalize(logits_CV)
+    clock = _Clock(model.output_layer().weight.device)
+    pieces = _read(model, tokens, chunk_length, clock)
+    following = next(pieces, None)
+    while following is not None:
+        begin, inputs_C, targets_C, hidden_states_Cd, base_CV, log_partitions_C = following
+        end = begin + len(inputs_C)
+        if neighbours and isinstance(memory, SearchesAhead):
+            memory.begin(hidden_states_Cd, neighbours)
+        following = next(pieces, None)  # the model reads on while a memory far away is searched
         stretch: Stretch | None = None
         if history is not None:
             with clock.measure("history"):
@@ -102,6 +99,31 @@ def score_stream(
             scores.seconds[expert.name] = sum(clock.seconds[part] for part in parts)
         on_progress(end, scores)
     return scores
+
+
+class _Piece(NamedTuple):
+    """A chunk as the model reads it."""
+
+    begin: int
+    inputs_C: torch.Tensor
+    targets_C: torch.Tensor
+    hidden_states_Cd: torch.Tensor
+    base_CV: torch.Tensor
+    log_partitions_C: torch.Tensor
+
+
+def _read(model: LanguageModel, tokens: np.ndarray, chunk_length: int, clock: "_Clock") -> Iterator[_Piece]:
+    """Read a stream chunk by chunk, without any memory."""
+    layer, count = model.output_layer(), len(tokens) - 1
+    state: State | None = None
+    for begin in range(0, count, chunk_length):
+        read = torch.from_numpy(tokens[begin : min(begin + chunk_length, count) + 1].astype(np.int64)).to(layer.weight.device)
+        with clock.measure("model"):
+            output = model(read[None, :-1], state)
+            state = output.state
+            hidden_states_Cd = output.hidden_states[0]
+            base_CV, log_partitions_C = normalize(layer.logits(hidden_states_Cd))
+        yield _Piece(begin, read[:-1], read[1:], hidden_states_Cd, base_CV, log_partitions_C)
 
 
 def _score_from_slow_weights(

@@ -5,7 +5,7 @@ Dimensions: `C` positions of a chunk, `K` neighbours, `c` likely words an entry,
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -140,4 +140,13 @@ class Memory(Protocol):
         all keys so far or the last of them, the chunk's own at the end, where the caller has them and `takes_products`;
         stored (C,) bool: which positions are stored, all where it is not given; products are of no use with it.
         """
+        ...
+
+
+@runtime_checkable
+class SearchesAhead(Protocol):
+    """A memory far away, whose search can run while the model reads the next chunk."""
+
+    def begin(self, keys_Cd: Tensor, count: int) -> None:
+        """Start the search of a chunk; the next `read_and_write`, which must be of the same keys, waits for what it finds."""
         ...
