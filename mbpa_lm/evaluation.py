@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from mbpa_lm.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint, training_record
-from mbpa_lm.config import Config
+from mbpa_lm.config import Config, RemoteConfig
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
@@ -26,7 +27,7 @@ from mbpa_lm.metrics import SEGMENTS, Targets, perplexity, summarize
 from mbpa_lm.mixed_scores import UNIFORM, MixedScores, mixed_scores
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.report import print_tables, print_tuned, write_results
-from mbpa_lm.resources import make_experts, make_history, make_memory, make_slow_weights, own_corpus
+from mbpa_lm.resources import fill_in_scales, make_experts, make_history, make_memory, make_slow_weights, own_corpus
 from mbpa_lm.scoring import StreamScores, score_stream
 from mbpa_lm.tracking import RunLog
 from mbpa_lm.tuned import Tuned, load_tuned, save_tuned
@@ -46,20 +47,24 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
     stream = _open_stream(config, checkpoint)
     model = checkpoint.model.to(pick_device(config.run.device)).eval()
     if tune_first:
-        _tune(config, checkpoint)
+        _tune(fill_in_scales(config, checkpoint), checkpoint)
     tuned = load_tuned(checkpoint.folder, model.hidden_size) if config.evaluation.tuned else None
     if tuned is not None:
         config = tuned.apply(config)
         sections = ", ".join(tuned.settings)
         console.print(f"as tuned on {tuned.stream}: {sections}; --evaluation.tuned false takes the configured settings")
+    config = fill_in_scales(config, checkpoint)
     experts = make_experts(config, checkpoint)
     names = [expert.name for expert in experts]
     _check_names(config, names)
     slow_weights = make_slow_weights(config, checkpoint, experts)
     metric = None if tuned is None else tuned.metric_tensor()
     _load_compiled_loops(config, checkpoint, stream, metric)
-    memory = make_memory(config, checkpoint, metric)
-    with RunLog(Path(config.run.folder), config.tracking.mode, config.tracking.project, "evaluate", asdict(config)) as log:
+    tracking = config.tracking
+    log_of_run = RunLog(Path(config.run.folder), tracking.mode, tracking.project, "evaluate", asdict(config))
+    with ExitStack() as closing, log_of_run as log:
+        memory = make_memory(config, checkpoint, metric, closing)
+        remembered_before = len(memory)
         with ProgressBar(f"scoring {stream.name}", len(stream) - 1) as progress:
             scores = score_stream(
                 model,
@@ -80,6 +85,7 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
             scores.losses |= mixed.losses
             scores.seconds |= mixed.seconds
         metrics = _metrics(config, checkpoint, stream, scores, details)
+        metrics["remembered_before"] = remembered_before
         if mixed is not None:
             metrics["gate"] = _gate_metrics(mixed, names)
         metrics["tuned_on"] = None if tuned is None else {"stream": tuned.stream, "losses": tuned.losses}
@@ -95,10 +101,10 @@ def _load_compiled_loops(config: Config, checkpoint: Checkpoint, stream: TokenSt
     """Score a few tokens and forget them: the first call of each loop loads its machine code, or compiles it."""
     few = [name for name in config.evaluation.experts if name in ("mbpa", "cache")]
     evaluation, memory = replace(config.evaluation, experts=few), replace(config.memory, datastores=[])
-    brief = replace(config, evaluation=evaluation, memory=memory)
+    brief = replace(config, evaluation=evaluation, memory=memory, remote=RemoteConfig())
     experts = make_experts(brief, checkpoint)
     parts = (
-        make_memory(brief, checkpoint, metric),
+        make_memory(brief, checkpoint, metric, ExitStack()),
         config.evaluation.chunk_length,
         None,
         make_history(experts, checkpoint.model),

@@ -1,18 +1,20 @@
 """What experts need beside the model, made, or read where it is kept: memories, slow weights, a datastore, a learning model."""
 
 from collections.abc import Sequence
-from functools import partial
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from mbpa_lm.adaptation.slow_weights import SlowRule, SlowWeights
+from mbpa_lm.adaptation.slow_weights import GradientScale, SlowRule, SlowWeights
 from mbpa_lm.checkpoint import Checkpoint
 from mbpa_lm.config import Config
+from mbpa_lm.config.checks import known
 from mbpa_lm.data.corpora import Corpus, open_corpus
 from mbpa_lm.data.streams import open_stream
-from mbpa_lm.datastores import TRAINING, likely_words_kept, open_datastores, open_one, training_datastore
+from mbpa_lm.datastores import TRAINING, identity_of, likely_words_kept, open_datastores, open_one, training_datastore
 from mbpa_lm.dynamic_evaluation import DynamicModel, DynamicRule
 from mbpa_lm.errors import CheckpointError
 from mbpa_lm.experts.base import Expert
@@ -20,12 +22,14 @@ from mbpa_lm.experts.build import build_experts
 from mbpa_lm.gradient_scale import gradient_scale, model_gradient_scale
 from mbpa_lm.memory.base import EntryStore, Memory
 from mbpa_lm.memory.composite import CompositeMemory, JoinedStores
+from mbpa_lm.memory.datastore.manifest import Layout
 from mbpa_lm.memory.history import StreamHistory
 from mbpa_lm.memory.slots import SlotMemory
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.base import LanguageModel
-from mbpa_lm.progress import token_progress
+from mbpa_lm.progress import console, token_progress
 from mbpa_lm.remember import Text
+from mbpa_lm.scales import fill_in, mean_squared_norm
 
 
 def own_corpus(config: Config, checkpoint: Checkpoint) -> Corpus:
@@ -51,15 +55,45 @@ def training_text(config: Config, checkpoint: Checkpoint) -> Text:
     return Text(stream.name, corpus.fingerprint("train"), stream.tokens, stream.document_starts)
 
 
-def make_memory(config: Config, checkpoint: Checkpoint, metric: Tensor | None) -> Memory:
-    """Return an empty memory of the stream, searched together with the configured datastores where there are any."""
-    model = checkpoint.model
+def make_memory(config: Config, checkpoint: Checkpoint, metric: Tensor | None, closing: ExitStack) -> Memory:
+    """Return a memory of the stream, searched together with the configured datastores where there are any.
+
+    Args: closing, at whose end a database is told what is still on its way and left.
+    """
     likely_words = likely_words_kept(config, checkpoint)
-    stream = make_stream_memory(config, model, likely_words, metric)
+    if config.remote.address is not None:
+        stream: Memory = _remote_memory(config, checkpoint, likely_words, metric, closing)
+    else:
+        stream = make_stream_memory(config, checkpoint.model, likely_words, metric)
     if not config.memory.datastores:
         return stream
     stores = open_datastores(config, checkpoint, partial(training_text, config, checkpoint))
     return CompositeMemory(stream, JoinedStores(stores), metric)
+
+
+def _remote_memory(
+    config: Config, checkpoint: Checkpoint, likely_words: int, metric: Tensor | None, closing: ExitStack
+) -> Memory:
+    from mbpa_lm.memory.remote.memory import RemoteMemory
+    from mbpa_lm.memory.remote.settings import RemoteSettings
+    from mbpa_lm.memory.remote.store import RemoteStore
+
+    remote = config.remote
+    assert remote.address is not None
+    settings = RemoteSettings(
+        remote.address,
+        remote.collection,
+        remote.index,
+        batch=remote.batch,
+        attempts=remote.attempts,
+        timeout_s=remote.timeout,
+    )
+    layout = Layout(checkpoint.model.hidden_size, likely_words, config.memory.key_type)
+    store = closing.enter_context(RemoteStore(settings, identity_of(checkpoint), layout))
+    if len(store):
+        console.print(f"{settings.place} holds {len(store):,} entries: they count as read before the stream")
+    surprise = config.memory.surprise if config.memory.write == "surprising" else 0.0
+    return closing.enter_context(RemoteMemory(store, surprise, metric))
 
 
 def make_stream_memory(config: Config, model: LanguageModel, likely_words: int, metric: Tensor | None = None) -> Memory:
@@ -80,6 +114,22 @@ def make_history(experts: Sequence[Expert], model: LanguageModel) -> StreamHisto
     return StreamHistory(size, model.hidden_size, weight.dtype, weight.device) if size else None
 
 
+def fill_in_scales(config: Config, checkpoint: Checkpoint) -> Config:
+    """Return the configuration with what it leaves open measured on the training text: see `scales.fill_in`."""
+    tokens = partial(training_tokens, config, checkpoint)
+
+    def gradient_size() -> float:
+        return float(_measured_scale(config, checkpoint).weight_Vd.mean())
+
+    return fill_in(config, cache(partial(mean_squared_norm, checkpoint.folder, checkpoint.model, tokens)), gradient_size)
+
+
+def _measured_scale(config: Config, checkpoint: Checkpoint) -> GradientScale:
+    with token_progress("measuring gradients on the training text") as progress:
+        tokens = partial(training_tokens, config, checkpoint)
+        return gradient_scale(checkpoint.folder, checkpoint.model, tokens, config.persistent, progress)
+
+
 def make_slow_weights(config: Config, checkpoint: Checkpoint, experts: Sequence[Expert]) -> SlowWeights | None:
     """Return the trained output layer, ready to follow a stream, None where no expert needs it.
 
@@ -87,12 +137,9 @@ def make_slow_weights(config: Config, checkpoint: Checkpoint, experts: Sequence[
     """
     if not any(expert.needs_slow_weights for expert in experts):
         return None
-    persistent = config.persistent
-    with token_progress("measuring gradients on the training text") as progress:
-        tokens = partial(training_tokens, config, checkpoint)
-        scale = gradient_scale(checkpoint.folder, checkpoint.model, tokens, persistent, progress)
+    persistent, scale = config.persistent, _measured_scale(config, checkpoint)
     layer = checkpoint.model.output_layer()
-    rule = SlowRule(persistent.interval, persistent.rate, persistent.decay, persistent.smoothing)
+    rule = SlowRule(persistent.interval, known("persistent.rate", persistent.rate), persistent.decay, persistent.smoothing)
     return SlowWeights(layer.weight, layer.bias, rule, scale)
 
 
@@ -108,7 +155,8 @@ def make_experts(config: Config, checkpoint: Checkpoint) -> list[Expert]:
 
     def dynamic_model() -> DynamicModel:
         dynamic = config.dynamic
-        rule = DynamicRule(dynamic.interval, dynamic.rate, dynamic.decay, dynamic.smoothing, dynamic.optimizer)
+        rate = known("dynamic.rate", dynamic.rate)
+        rule = DynamicRule(dynamic.interval, rate, dynamic.decay, dynamic.smoothing, dynamic.optimizer)
         scale: dict[str, Tensor] = {}
         if dynamic.optimizer == "rms":
             with token_progress("measuring all gradients on the training text") as progress:

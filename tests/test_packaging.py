@@ -23,12 +23,14 @@ def packages(file: str) -> dict[str, str]:
 def test_requirements_are_exact_and_never_hold_both_builds_of_faiss() -> None:
     for file, faiss in (("requirements.txt", "faiss-cpu"), ("requirements-gpu.txt", "faiss-gpu-cu12")):
         assert [name for name in packages(file) if name.startswith("faiss")] == [faiss]
+    assert "milvus-lite" not in packages("requirements-gpu.txt")  # it brings faiss-cpu along
     assert packages("requirements.txt")["torch"] == "2.13.0"
 
 
 def test_requirements_cover_the_package_s_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for dependency in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+    extras = project["optional-dependencies"]
+    for dependency in [*project["dependencies"], *extras["remote"], *extras["test"]]:
         name, lowest = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", dependency).groups()
         pinned = packages("requirements.txt")[name]
         assert [int(part) for part in pinned.split(".")[:2]] >= [int(part) for part in lowest.split(".")[:2]]

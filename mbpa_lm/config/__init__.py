@@ -17,6 +17,7 @@ from mbpa_lm.config.experts import (
     MemoryConfig,
     MixtureConfig,
     PersistentConfig,
+    RemoteConfig,
 )
 from mbpa_lm.config.training import DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainingConfig
 from mbpa_lm.errors import ConfigError, did_you_mean
@@ -36,6 +37,7 @@ __all__ = [
     "MixtureConfig",
     "ModelConfig",
     "PersistentConfig",
+    "RemoteConfig",
     "RunConfig",
     "TokenizerConfig",
     "TrackingConfig",
@@ -93,6 +95,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     persistent: PersistentConfig = field(default_factory=PersistentConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

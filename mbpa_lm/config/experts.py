@@ -43,6 +43,28 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class RemoteConfig:
+    """A Milvus database that remembers the stream instead of a window, for many machines and for ever."""
+
+    address: str | None = None
+    """A file that ends in .db, for Milvus Lite in this process, or http(s)://host:port of a cluster; empty: the window
+    remembers. A token, or user and password, come from MBPA_MILVUS_TOKEN, or MBPA_MILVUS_USER and MBPA_MILVUS_PASSWORD."""
+    collection: str = "mbpa_lm"
+    """Name of the collection; it is made if it is not there, and goes on if it is: what it holds counts as read before."""
+    index: Literal["FLAT", "HNSW", "AUTOINDEX"] = "FLAT"
+    """How a cluster searches a collection that is made now: exactly, or approximately; Milvus Lite searches exactly."""
+    batch: int = 512
+    """Entries a write."""
+    attempts: int = 5
+    """How often a call is tried while the server cannot be reached, after 1, 2, 4, ... seconds."""
+    timeout: float = 30.0
+    """Seconds that one attempt may take."""
+
+    def __post_init__(self) -> None:
+        require_positive("remote", self, "batch", "attempts", "timeout")
+
+
+@dataclass(frozen=True)
 class AdaptationConfig:
     """How the softmax layer is adapted to the neighbours (Sprechmann et al. 2018)."""
 
@@ -60,8 +82,8 @@ class AdaptationConfig:
     """momentum: share of the last step's direction that the next one goes on in."""
     steps: int = 10
     """Gradient steps for a prediction (T); 0 leaves the base model."""
-    alpha: float = 0.05
-    """Size of a gradient step; 0 leaves the base model."""
+    alpha: float | None = None
+    """Size of a gradient step; 0 leaves the base model; empty: 2 over the mean squared norm of the hidden states."""
     schedule: list[float] | None = None
     """Size of each step relative to alpha, one number a step; empty: all the same."""
     beta: float = 0.0
@@ -88,7 +110,8 @@ class AdaptationConfig:
 
     def __post_init__(self) -> None:
         require("adaptation.weight", self.weight, 0 < self.weight <= 1, "greater than 0 and at most 1")
-        require_not_negative("adaptation", self, "steps", "alpha", "beta", "moved_words")
+        require_not_negative("adaptation", self, "steps", "beta", "moved_words")
+        require_not_negative("adaptation", self, *(["alpha"] if self.alpha is not None else []))
         require_positive("adaptation", self, "tolerance", "candidates", "reach")
         require_probability("adaptation", self, "momentum")
         if self.schedule is not None:
@@ -96,7 +119,7 @@ class AdaptationConfig:
             require("adaptation.schedule", self.schedule, fits, f"{self.steps} numbers (adaptation.steps) of 0 or more")
         require("adaptation.epsilon", self.epsilon, self.epsilon >= 1e-12, "at least 1e-12")
         require("adaptation.bandwidth", self.bandwidth, self.bandwidth >= 1e-6, "at least 1e-6")
-        if self.alpha * self.beta > 1:
+        if self.alpha is not None and self.alpha * self.beta > 1:
             require("adaptation.beta", self.beta, False, f"at most 1 / adaptation.alpha ({1 / self.alpha:g}), or steps diverge")
         if self.optimizer not in ("sgd", "momentum"):
             require("adaptation.solver", self.solver, self.solver == "reference", f"reference with {self.optimizer}")
@@ -108,8 +131,10 @@ class PersistentConfig:
 
     interval: int = 20
     """Tokens between steps."""
-    rate: float = 3e-3
-    """Size of a step: a gradient as large as it was in training on average moves a parameter by rate / (1 + smoothing)."""
+    rate: float | None = None
+    """Size of a step: a gradient as large as it was in training on average moves a parameter by rate / (1 + smoothing). Empty:
+    146 times smoothing, times the mean size of the layer's gradients in training, over the mean squared norm of the hidden
+    states."""
     decay: float = 3e-3
     """Share of the way back to the trained weights that a step takes, for a parameter of average gradients in training."""
     smoothing: float = 3.0
@@ -119,7 +144,7 @@ class PersistentConfig:
 
     def __post_init__(self) -> None:
         require_positive("persistent", self, "interval", "smoothing", "statistics_tokens")
-        require_not_negative("persistent", self, "rate", "decay")
+        require_not_negative("persistent", self, "decay", *(["rate"] if self.rate is not None else []))
 
 
 @dataclass(frozen=True)
@@ -128,22 +153,23 @@ class CacheConfig:
 
     windows: list[int] = field(default_factory=lambda: [100, 500, 5000])
     """Most recent entries that each cache sees; 0: the whole stream (the unbounded cache)."""
-    thetas: list[float] = field(default_factory=lambda: [0.3, 0.3, 0.3])
-    """Sharpness of each: an entry counts exp(theta times the scalar product of its hidden state with the query)."""
-    weights: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.1])
-    """Share of each where it predicts alone; the rest is the base model's."""
+    thetas: list[float] | None = None
+    """Sharpness of each: an entry counts exp(theta times the scalar product of its hidden state with the query). Empty: 12.8
+    over the mean squared norm of the hidden states."""
+    weights: list[float] | None = None
+    """Share of each where it predicts alone; the rest is the base model's. Empty: 0.1."""
 
     def __post_init__(self) -> None:
-        for name in ("thetas", "weights"):
-            values = getattr(self, name)
+        thetas, weights = ([] if values is None else values for values in (self.thetas, self.weights))
+        for name, values in (("thetas", self.thetas), ("weights", self.weights)):
             wanted = f"{len(self.windows)} numbers, one for each of cache.windows"
-            require(f"cache.{name}", values, len(values) == len(self.windows), wanted)
+            require(f"cache.{name}", values, values is None or len(values) == len(self.windows), wanted)
         require(
             "cache.windows", self.windows, all(window >= 0 for window in self.windows), "lengths, or 0 for the whole stream"
         )
         require("cache.windows", self.windows, len(set(self.windows)) == len(self.windows), "different lengths")
-        require("cache.thetas", self.thetas, all(theta >= 0 for theta in self.thetas), "numbers of 0 or more")
-        require("cache.weights", self.weights, all(0 < weight < 1 for weight in self.weights), "numbers between 0 and 1")
+        require("cache.thetas", thetas, all(theta >= 0 for theta in thetas), "numbers of 0 or more")
+        require("cache.weights", weights, all(0 < weight < 1 for weight in weights), "numbers between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -152,8 +178,9 @@ class KnnConfig:
 
     neighbours: int = 256
     """Entries that a prediction looks at (K)."""
-    temperature: float = 10.0
-    """An entry counts exp(minus its squared distance over the temperature)."""
+    temperature: float | None = None
+    """An entry counts exp(minus its squared distance over the temperature). Empty: a quarter of the mean squared norm of the
+    hidden states."""
     weight: float = 0.1
     """Its share where it predicts alone; the rest is the base model's."""
     grows: bool = False
@@ -162,7 +189,7 @@ class KnnConfig:
     """First training tokens that are stored, once a checkpoint; 0: all. They are kept with it."""
 
     def __post_init__(self) -> None:
-        require_positive("knn", self, "neighbours", "temperature")
+        require_positive("knn", self, "neighbours", *(["temperature"] if self.temperature is not None else []))
         require_not_negative("knn", self, "entries")
         require("knn.weight", self.weight, 0 < self.weight < 1, "between 0 and 1")
 
@@ -175,8 +202,8 @@ class DynamicConfig:
     """Tokens between steps, and as far back as their gradients flow."""
     optimizer: Literal["rms", "sgd"] = "rms"
     """rms: steps and decay scaled by each parameter's gradients on the training text; sgd: all the same."""
-    rate: float = 2e-3
-    """Size of a step; for rms in the units of persistent.rate."""
+    rate: float | None = None
+    """Size of a step; for rms in the units of persistent.rate. Empty: two thirds of what is said there."""
     decay: float = 3e-3
     """Share of the way back to the trained parameters that a step takes."""
     smoothing: float = 3.0
@@ -186,7 +213,7 @@ class DynamicConfig:
 
     def __post_init__(self) -> None:
         require_positive("dynamic", self, "interval", "smoothing", "statistics_tokens")
-        require_not_negative("dynamic", self, "rate", "decay")
+        require_not_negative("dynamic", self, "decay", *(["rate"] if self.rate is not None else []))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from mbpa_lm.config import Config
+from mbpa_lm.config.checks import known
 from mbpa_lm.dynamic_evaluation import DynamicModel
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.experts.base_model import BaseModelExpert
@@ -34,9 +35,10 @@ def build_experts(
     if "mbpa+persistent" in wanted:
         experts.append(MbpaExpert(layer, config.adaptation, config.memory.neighbours, from_slow_weights=True))
     if "cache" in wanted:
-        experts += [CacheExpert(*settings) for settings in zip(cache.windows, cache.thetas, cache.weights, strict=True)]
+        thetas, weights = known("cache.thetas", cache.thetas), known("cache.weights", cache.weights)
+        experts += [CacheExpert(*settings) for settings in zip(cache.windows, thetas, weights, strict=True)]
     if "knn" in wanted:
-        experts.append(KnnExpert(knn_store(), knn.neighbours, knn.temperature, knn.weight, knn.grows))
+        experts.append(KnnExpert(knn_store(), knn.neighbours, known("knn.temperature", knn.temperature), knn.weight, knn.grows))
     if "dynamic" in wanted:
         experts.append(DynamicExpert(dynamic_model()))
     return experts

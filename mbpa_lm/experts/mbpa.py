@@ -15,6 +15,7 @@ from mbpa_lm.adaptation.problem import BaseSoftmax, Problem, TrainedSoftmax, pic
 from mbpa_lm.adaptation.rule import AdaptationRule
 from mbpa_lm.adaptation.selection import most_informative
 from mbpa_lm.config import AdaptationConfig
+from mbpa_lm.config.checks import known
 from mbpa_lm.errors import AdaptationError
 from mbpa_lm.experts.base import Chunk, Expert
 from mbpa_lm.memory.base import Neighbours
@@ -105,7 +106,8 @@ def make_problem(trained: OutputLayer, chunk: Chunk, neighbours: Neighbours, wei
 def make_rule(config: AdaptationConfig) -> AdaptationRule:
     """Return the configured steps."""
     schedule = None if config.schedule is None else tuple(config.schedule)
-    return AdaptationRule(config.steps, config.alpha, config.beta, config.optimizer, config.momentum, config.bias, schedule)
+    alpha = known("adaptation.alpha", config.alpha)
+    return AdaptationRule(config.steps, alpha, config.beta, config.optimizer, config.momentum, config.bias, schedule)
 
 
 def make_weighting(config: AdaptationConfig) -> Weighting:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mbpa_lm.memory.base import Entries, EntryStore, Memory, Neighbours, nearest_of
+from mbpa_lm.memory.base import Entries, EntryStore, Memory, Neighbours, SearchesAhead, nearest_of
 
 REFINED = 4
 
@@ -52,6 +52,11 @@ class CompositeMemory:
 
     def __len__(self) -> int:
         return len(self._store) + len(self._stream)
+
+    def begin(self, keys_Cd: Tensor, count: int) -> None:
+        """See `SearchesAhead.begin`."""
+        if isinstance(self._stream, SearchesAhead):
+            self._stream.begin(keys_Cd, count)
 
     def takes_products(self, size: int) -> bool:
         """See `Memory.takes_products`."""

@@ -1,10 +1,11 @@
 """One pass over the beginning of the validation text, as all kinds of tuning make it."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from mbpa_lm.checkpoint import Checkpoint
-from mbpa_lm.config import Config
+from mbpa_lm.config import Config, RemoteConfig
 from mbpa_lm.data.streams import TokenStream
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.memory.base import Memory
@@ -33,12 +34,14 @@ class Validation:
         config, model = self.config, self.checkpoint.model
         metric = None if tuned is None else tuned.metric_tensor()
         slow_weights = make_slow_weights(config, self.checkpoint, experts)
-        with ProgressBar(f"{what} on {self.stream.name}", len(self.stream) - 1) as progress:
+        bar = ProgressBar(f"{what} on {self.stream.name}", len(self.stream) - 1)
+        here = replace(config, remote=RemoteConfig())  # no database is to remember the validation text
+        with bar as progress, ExitStack() as closing:
             return score_stream(
                 model,
                 self.stream.tokens,
                 experts,
-                make_memory(config, self.checkpoint, metric) if memory is None else memory,
+                make_memory(here, self.checkpoint, metric, closing) if memory is None else memory,
                 config.evaluation.chunk_length,
                 slow_weights,
                 make_history(experts, model),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mbpa_lm.config.checks import known
 from mbpa_lm.errors import AdaptationError
 from mbpa_lm.experts.persistent import PersistentExpert
 from mbpa_lm.resources import make_experts
@@ -33,7 +34,7 @@ def tune_persistent(validation: Validation) -> Rates:
         what = f"tuning persistent (rate {rate:.2g}, decay {decay:.2g})"
         return _mean(changed.score(what, [PersistentExpert()]).losses["persistent"])
 
-    return _tune(loss, validation.config.persistent.rate, validation.config.persistent.decay)
+    return _tune(loss, known("persistent.rate", validation.config.persistent.rate), validation.config.persistent.decay)
 
 
 def tune_dynamic(validation: Validation) -> Rates:
@@ -48,7 +49,7 @@ def tune_dynamic(validation: Validation) -> Rates:
         what = f"tuning dynamic (rate {rate:.2g}, decay {decay:.2g})"
         return _mean(changed.score(what, experts).losses["dynamic"])
 
-    return _tune(loss, validation.config.dynamic.rate, validation.config.dynamic.decay)
+    return _tune(loss, known("dynamic.rate", validation.config.dynamic.rate), validation.config.dynamic.decay)
 
 
 def climb(loss: Callable[[float], float], start: float) -> tuple[float, float]:

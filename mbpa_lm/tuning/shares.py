@@ -3,7 +3,6 @@
 All candidates run side by side in one pass; the best share of each follows from its log-probabilities alone.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbpa_lm.config.checks import known
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.cache import CacheExpert
 from mbpa_lm.experts.knn import KnnExpert
 from mbpa_lm.memory.base import EntryStore, Neighbours
 from mbpa_lm.mixture import best_weights, mix
+from mbpa_lm.scales import measure_norm
 from mbpa_lm.scoring import StreamScores
 from mbpa_lm.tuning.passes import Validation
 
@@ -42,20 +43,22 @@ class Choice:
 def tune_caches(validation: Validation) -> dict[str, Choice]:
     """Return the best theta and share of each configured cache, by its name."""
     cache = validation.config.cache
+    configured_thetas, weights = known("cache.thetas", cache.thetas), known("cache.weights", cache.weights)
     thetas = [theta / _mean_squared_norm(validation) for theta in THETAS]
     rows: dict[str, list[CacheExpert]] = {}
-    for window, configured, weight in zip(cache.windows, cache.thetas, cache.weights, strict=True):
+    for window, configured, weight in zip(cache.windows, configured_thetas, weights, strict=True):
         candidates = [CacheExpert(window, theta, weight) for theta in [configured, *thetas]]
         rows[candidates[0].name] = candidates
     scores = validation.score("tuning caches", _named([one for candidates in rows.values() for one in candidates]))
-    sharpness = dict(zip(rows, cache.thetas, strict=True))
+    sharpness = dict(zip(rows, configured_thetas, strict=True))
     return {name: _best(scores, rows[name], [sharpness[name], *thetas]) for name in rows}
 
 
 def tune_knn(validation: Validation, store: EntryStore) -> Choice:
     """Return the best temperature and share of kNN-LM."""
     knn = validation.config.knn
-    temperatures = [knn.temperature, *(temperature * _mean_squared_norm(validation) for temperature in TEMPERATURES)]
+    configured = known("knn.temperature", knn.temperature)
+    temperatures = [configured, *(temperature * _mean_squared_norm(validation) for temperature in TEMPERATURES)]
     shared = _AskedOnce(store)
     candidates = [KnnExpert(shared, knn.neighbours, temperature, knn.weight, knn.grows) for temperature in temperatures]
     return _best(validation.score("tuning knn", _named(candidates)), candidates, temperatures)
@@ -98,10 +101,5 @@ def _best(scores: StreamScores, candidates: Sequence[CacheExpert | KnnExpert], s
     return Choice(value, share, {"base": -float(base.mean(dtype=np.float64)), "configured": configured, "tuned": loss})
 
 
-@torch.no_grad()
 def _mean_squared_norm(validation: Validation) -> float:
-    model = validation.checkpoint.model
-    tokens = validation.stream.tokens[:NORM_TOKENS].astype(np.int64)
-    read = torch.from_numpy(tokens).to(model.output_layer().weight.device)
-    norm = float(model(read[None]).hidden_states[0].float().square().sum(1).mean())
-    return norm if math.isfinite(norm) and norm > 0 else 1.0
+    return measure_norm(validation.checkpoint.model, validation.stream.tokens[:NORM_TOKENS])
