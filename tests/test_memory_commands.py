@@ -124,3 +124,23 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert memory([]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in ("build", "add", "index", "info", "verify", "merge", "export"))
+
+
+def test_a_stream_is_remembered_in_a_database(
+    options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("milvus_lite", reason="milvus-lite is not installed")
+    evaluate = [*options(tmp_path / "run"), "--checkpoint", str(trained_run), "--experts", "base,mbpa"]
+    assert commands.evaluate([*evaluate, "--memory.size", "100000"]) == 0
+    window = json.loads((tmp_path / "run" / "metrics.json").read_text())["experts"]["mbpa"]["perplexity"]
+    remote = [*evaluate, "--remote.address", str(tmp_path / "memory.db"), "--memory.key_type", "float32"]
+    perplexities, before = [], []
+    for _ in range(2):
+        assert commands.evaluate(remote) == 0
+        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        perplexities.append(metrics["experts"]["mbpa"]["perplexity"])
+        before.append(metrics["remembered_before"])
+    assert perplexities[0] == pytest.approx(window, rel=1e-5)
+    assert before == [0, metrics["stream"]["scored"]]
+    assert perplexities[1] < perplexities[0]  # it has read this text before, and says so
+    assert f"holds {before[1]:,} entries: they count as read before the stream" in capsys.readouterr().out
