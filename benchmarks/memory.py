@@ -3,7 +3,7 @@
     python benchmarks/memory.py --output runs/memory.json            # 10k, 100k, 1M keys; d 64 and 400
     python benchmarks/memory.py --large --output runs/memory.json    # 10M keys of d 64 too (4 GB of disk)
     python benchmarks/memory.py --quick --output runs/memory.json    # 10k keys of d 64
-    python benchmarks/memory.py --keys FILE.safetensors ...          # real ones, that mbpa-memory export wrote, instead
+    python benchmarks/memory.py --memory FOLDER --queries FOLDER --output runs/memory.json    # real ones, of mbpa-memory
 
 Random keys are noisy copies of one of 300 to 30,000 contexts. Each row runs in a process of its own. "one" and "many" are
 microseconds a query, asked alone and 256 at once, for 32 neighbours with their keys, words and log-partitions. "faiss" is the
@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 
 from mbpa_lm.machine import describe_machine, resident_bytes
 from mbpa_lm.memory.base import Entries
@@ -55,16 +54,11 @@ def median_seconds(call: Callable[[], object], seconds: float = 1.0) -> float:
 class Keys:
     """Keys by their numbers, and queries near some of them."""
 
-    def __init__(self, count: int, d: int, file: str | None) -> None:
-        self.count, self.d, self._file = count, d, file
-        generator = torch.Generator().manual_seed(1)
-        self._contexts = torch.randn(max(300, count // 300), d, generator=generator) if file is None else None
+    def __init__(self, count: int, d: int) -> None:
+        self.count, self.d = count, d
+        self._contexts = torch.randn(max(300, count // 300), d, generator=torch.Generator().manual_seed(1))
 
     def between(self, begin: int, end: int) -> torch.Tensor:
-        if self._file is not None:
-            with safe_open(self._file, framework="pt") as file:
-                return file.get_slice("keys")[begin:end].float()
-        assert self._contexts is not None
         generator = torch.Generator().manual_seed(begin)
         contexts = self._contexts[torch.randint(0, len(self._contexts), (end - begin,), generator=generator)]
         return (contexts + 0.5 * torch.randn(end - begin, self.d, generator=generator)).half().float()
@@ -97,12 +91,35 @@ def measure_datastore(keys: Keys, kind: str, folder: Path) -> Row:
     written = time.perf_counter()
     store.build_index(None if kind == "auto" else kind)  # type: ignore[arg-type]
     built = time.perf_counter()
-    queries, record = keys.queries(), store.manifest.index
+    size = sum(file.stat().st_size for file in (folder / "memory").iterdir())
+    built_at = {
+        "entries_per_second_written": keys.count / (written - start),
+        "seconds_indexing": built - written,
+        "build": keys.count / (built - start),
+    }
+    return {**built_at, "disk": size, **measure_search(store, keys.queries(), keys.all)}
+
+
+def measure_existing(folder: Path, of_queries: Path) -> Row:
+    """Search a memory for the keys of another one, of a text that it has not read."""
+    store, others = Datastore.open(folder), Datastore.open(of_queries)
+    rows = np.linspace(0, len(others) - 1, QUERIES).astype(np.int64)
+    queries = torch.stack([others.column_between("keys", row, row + 1)[0].float() for row in rows.tolist()])
+    size = sum(file.stat().st_size for file in folder.iterdir())
+
+    def everything() -> np.ndarray:
+        return np.asarray(store.column_between("keys", 0, len(store)).float().numpy())
+
+    return {"disk": size, **measure_search(store, queries, everything)}
+
+
+def measure_search(store: Datastore, queries: torch.Tensor, all_keys: Callable[[], np.ndarray]) -> Row:
+    record = store.manifest.index
     many = median_seconds(lambda: store.search(queries, K)) / QUERIES
     one = median_seconds(lambda: store.search(queries[:1], K))
     found = store.search(queries, K).positions.numpy()
     resident = resident_bytes()
-    everything, asked = keys.all(), queries.numpy()
+    everything, asked = all_keys(), queries.numpy()
     start_exact = time.perf_counter()
     expected = faiss.knn(asked, everything, K)[1]
     exact = (time.perf_counter() - start_exact) / QUERIES
@@ -112,8 +129,8 @@ def measure_datastore(keys: Keys, kind: str, folder: Path) -> Row:
         found = faiss.knn(asked, everything, wanted) if store._index is None else store._index.search(asked, wanted)
         return found  # type: ignore[no-any-return]
 
-    half, values = everything.astype(np.float16), np.arange(keys.count)
-    log_partitions = np.zeros(keys.count, np.float32)
+    half, values = everything.astype(np.float16), np.arange(len(store))
+    log_partitions = np.zeros(len(store), np.float32)
 
     def by_hand() -> object:
         rows = bare()[1]
@@ -123,10 +140,6 @@ def measure_datastore(keys: Keys, kind: str, folder: Path) -> Row:
 
     return {
         "kind": "flat" if record is None else f"{record.kind}, effort {record.search['effort']} of {record.search['cells']}",
-        "entries_per_second_written": keys.count / (written - start),
-        "seconds_indexing": built - written,
-        "build": keys.count / (built - start),
-        "disk": sum(file.stat().st_size for file in (folder / "memory").iterdir()),
         "resident": resident,
         "one": one * 1e6,
         "many": many * 1e6,
@@ -162,17 +175,13 @@ def measure_window(keys: Keys) -> Row:
     }
 
 
-def measure(backend: str, count: int, d: int, file: str | None, folder: str, results: Any) -> None:
-    keys = Keys(count, d, file)
+def measure(backend: str, count: int, d: int, folder: str, results: Any) -> None:
+    keys = Keys(count, d)
     row = measure_window(keys) if backend == "window" else measure_datastore(keys, backend, Path(folder))
     results.put({"backend": backend, "keys": count, "d": d, **row})
 
 
 def configurations(arguments: argparse.Namespace) -> list[tuple[str, int, int]]:
-    if arguments.keys:
-        with safe_open(arguments.keys, framework="pt") as file:
-            count, d = file.get_slice("keys").get_shape()
-        return [(backend, count, d) for backend in ("auto", "ivf_pq", "hnsw")]
     if arguments.quick:
         return [(backend, 10_000, 64) for backend in ("window", "flat", "hnsw")]
     found = [
@@ -182,10 +191,12 @@ def configurations(arguments: argparse.Namespace) -> list[tuple[str, int, int]]:
     return [*found, *([("auto", 10_000_000, 64)] if arguments.large else [])]
 
 
-def show(rows: list[Row]) -> None:
+def save(rows: list[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": describe_machine(torch.device("cpu")), "rows": rows}, indent=1))
     table = Table("memory", "keys", "d", "built/s", "disk MB", "resident MB", *COLUMNS[3:])
     for row in rows:
-        sizes = [f"{row['build']:,.0f}", f"{row['disk'] / 1e6:,.0f}", f"{row['resident'] / 1e6:,.0f}"]
+        sizes = [f"{row.get('build', 0):,.0f}", f"{row['disk'] / 1e6:,.0f}", f"{row['resident'] / 1e6:,.0f}"]
         times = [f"{row[name]:,.0f}" if name in row else "" for name in COLUMNS[3:-1]]
         table.add_row(row["kind"], f"{row['keys']:,}", str(row["d"]), *sizes, *times, f"{row['recall']:.1%}")
     Console(width=150).print(table)
@@ -196,22 +207,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--keys", type=str)
+    parser.add_argument("--memory", type=Path)
+    parser.add_argument("--queries", type=Path)
     parser.add_argument("--folder", type=Path, help="where the memories are written; a temporary folder where it is left out")
     arguments = parser.parse_args()
+    if arguments.memory:
+        row = measure_existing(arguments.memory, arguments.queries)
+        count, d = len(Datastore.open(arguments.memory)), Datastore.open(arguments.memory).manifest.layout.hidden_size
+        save([{"backend": "existing", "keys": count, "d": d, **row}], arguments.output)
+        return
     context, rows = multiprocessing.get_context("spawn"), []
     for backend, count, d in configurations(arguments):
         folder = tempfile.mkdtemp(dir=arguments.folder)
         results = context.Queue()
-        process = context.Process(target=measure, args=(backend, count, d, arguments.keys, folder, results))
+        process = context.Process(target=measure, args=(backend, count, d, folder, results))
         process.start()
         rows.append(results.get())
         process.join()
         shutil.rmtree(folder)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"machine": describe_machine(torch.device("cpu")), "rows": rows}, indent=1))
-        show(rows[-1:])
-    show(rows)
+        save(rows, arguments.output)
 
 
 if __name__ == "__main__":
