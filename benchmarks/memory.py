@@ -10,7 +10,7 @@ microseconds a query, asked alone and 256 at once, for 32 neighbours with their 
 bare search of the very same index for as many candidates, or `faiss.knn` where there is none: distances and row numbers only;
 "by hand" is that and the NumPy lines that fetch the neighbours' keys and words from arrays in memory, which is what a user
 would write instead. "exact" is `faiss.knn` over all keys in single precision. Recall is against it. Resident memory is that
-of the process, of which about 300 MB are Python, PyTorch and FAISS.
+of the process, of which about 300 MB are Python, PyTorch and FAISS. Milvus Lite is there for the interface: nobody would choose it for speed.
 """
 
 import argparse
@@ -175,9 +175,40 @@ def measure_window(keys: Keys) -> Row:
     }
 
 
+def measure_milvus_lite(keys: Keys, folder: Path) -> Row:
+    from mbpa_lm.memory.remote.settings import RemoteSettings
+    from mbpa_lm.memory.remote.store import RemoteStore
+
+    layout, everything = Layout(keys.d, key_type="float32"), keys.all()
+    with RemoteStore(RemoteSettings(str(folder / "memory.db")), Identity("benchmark", "benchmark"), layout) as store:
+        start = time.perf_counter()
+        store.add(entries_of(torch.from_numpy(everything)))
+        store.flush()
+        built = time.perf_counter()
+        queries = keys.queries()
+        many = median_seconds(lambda: store.search(queries, K)) / QUERIES
+        one = median_seconds(lambda: store.search(queries[:1], K))
+        exact = median_seconds(lambda: faiss.knn(queries.numpy(), everything, K)) / QUERIES
+    return {
+        "kind": "Milvus Lite",
+        "build": keys.count / (built - start),
+        "disk": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "resident": resident_bytes(),
+        "one": one * 1e6,
+        "many": many * 1e6,
+        "exact": exact * 1e6,
+        "recall": 1.0,
+    }
+
+
 def measure(backend: str, count: int, d: int, folder: str, results: Any) -> None:
     keys = Keys(count, d)
-    row = measure_window(keys) if backend == "window" else measure_datastore(keys, backend, Path(folder))
+    if backend == "window":
+        row = measure_window(keys)
+    elif backend == "milvus":
+        row = measure_milvus_lite(keys, Path(folder))
+    else:
+        row = measure_datastore(keys, backend, Path(folder))
     results.put({"backend": backend, "keys": count, "d": d, **row})
 
 
@@ -187,6 +218,7 @@ def configurations(arguments: argparse.Namespace) -> list[tuple[str, int, int]]:
     found = [
         (backend, count, d) for d in (64, 400) for count in (10_000, 100_000) for backend in ("window", "flat", "auto", "hnsw")
     ]
+    found += [("milvus", 10_000, 64), ("milvus", 10_000, 400)]
     found += [("auto", 1_000_000, 64), ("ivf_pq", 1_000_000, 64), ("auto", 1_000_000, 400)]
     return [*found, *([("auto", 10_000_000, 64)] if arguments.large else [])]
 
