@@ -10,7 +10,7 @@ microseconds a query, asked alone and 256 at once, for 32 neighbours with their 
 bare search of the very same index for as many candidates, or `faiss.knn` where there is none: distances and row numbers only;
 "by hand" is that and the NumPy lines that fetch the neighbours' keys and words from arrays in memory, which is what a user
 would write instead. "exact" is `faiss.knn` over all keys in single precision. Recall is against it. Resident memory is that
-of the process, of which about 300 MB are Python, PyTorch and FAISS. Milvus Lite is there for the interface: nobody would choose it for speed.
+of the process, of which about 300 MB are Python, PyTorch and FAISS. Milvus Lite is there for its interface, not for its speed.
 """
 
 import argparse
