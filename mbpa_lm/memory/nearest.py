@@ -15,50 +15,35 @@ import torch
 from torch import Tensor
 
 from mbpa_lm.compiled import can_take
-from mbpa_lm.memory.nearest_compiled import search
+from mbpa_lm.memory.nearest_compiled import fill_in_nearest
 from mbpa_lm.memory.nearest_faiss import has_gpu_build, nearest_faiss
-from mbpa_lm.memory.nearest_plain import ROUNDING, SPARE_CANDIDATES, copy_rounding, nearest_plain
+from mbpa_lm.memory.nearest_plain import ROUNDING, SPARE_CANDIDATES, Search, copy_rounding, nearest_plain
 
 
-def nearest(
-    keys_Nd: Tensor,
-    squared_norms_N: Tensor,
-    queries_Cd: Tensor,
-    begins_C: Tensor,
-    ends_C: Tensor,
-    count: int,
-    products_CN: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def nearest(search: Search, count: int, products_CN: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return rows (C, K) int64 of the nearest keys and their squared distances (C, K), nearest first.
 
-    Query c sees the rows from begins[c] up to, not including, ends[c]. Where that is fewer than K, the last rows are -1 and
-    their distances inf. Products of queries and keys are made where they are not given.
+    Where a query sees fewer than K, the last rows are -1 and their distances inf. Products of queries and keys are made where
+    they are not given.
     """
+    keys_Nd, queries_Cd = search.keys_Nd, search.queries_Cd
     if not len(keys_Nd):
-        nothing = begins_C.new_full((len(queries_Cd), count), -1)
+        nothing = search.begins_C.new_full((len(queries_Cd), count), -1)
         return nothing, queries_Cd.new_full(nothing.shape, math.inf)
     if products_CN is None and keys_Nd.is_cuda and keys_Nd.dtype == torch.float32 and has_gpu_build():
-        return nearest_faiss(keys_Nd, squared_norms_N, queries_Cd, begins_C, ends_C, count)
+        return nearest_faiss(search, count)
     products_CN = queries_Cd @ keys_Nd.T if products_CN is None else products_CN
-    if can_take(keys_Nd):
-        return nearest_compiled(keys_Nd, squared_norms_N, queries_Cd, begins_C, ends_C, count, products_CN)
-    return nearest_plain(keys_Nd, squared_norms_N, queries_Cd, begins_C, ends_C, count, products_CN)
+    find = nearest_compiled if can_take(keys_Nd) else nearest_plain
+    return find(search, count, products_CN)
 
 
-def nearest_compiled(
-    keys_Nd: Tensor,
-    squared_norms_N: Tensor,
-    queries_Cd: Tensor,
-    begins_C: Tensor,
-    ends_C: Tensor,
-    count: int,
-    products_CN: Tensor,
-) -> tuple[Tensor, Tensor]:
+def nearest_compiled(search: Search, count: int, products_CN: Tensor) -> tuple[Tensor, Tensor]:
     """Do what `nearest` does on a CPU, in one pass over the products."""
+    keys_Nd, queries_Cd = search.keys_Nd, search.queries_Cd.contiguous()
     rows_CK = torch.empty(len(queries_Cd), count, dtype=torch.int64)
     distances_CK = torch.empty(len(queries_Cd), count, dtype=keys_Nd.dtype)
-    inputs = (keys_Nd, squared_norms_N, queries_Cd.contiguous(), begins_C, ends_C, products_CN)
+    inputs = (keys_Nd, search.squared_norms_N, queries_Cd, search.begins_C, search.ends_C, products_CN)
     arrays = [tensor.numpy() for tensor in inputs]
     roundings = (ROUNDING[keys_Nd.dtype], copy_rounding(keys_Nd.dtype))
-    search(*arrays, count + SPARE_CANDIDATES, *roundings, rows_CK.numpy(), distances_CK.numpy())
+    fill_in_nearest(*arrays, count + SPARE_CANDIDATES, *roundings, rows_CK.numpy(), distances_CK.numpy())
     return rows_CK, distances_CK

@@ -8,7 +8,7 @@ from mbpa_lm.largest_compiled import place_largest
 
 
 @compiled_loop
-def search(
+def fill_in_nearest(
     keys: np.ndarray,
     squared_norms: np.ndarray,
     queries: np.ndarray,

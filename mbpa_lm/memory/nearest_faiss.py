@@ -6,46 +6,35 @@ Dimensions: `C` queries, `K` neighbours, `N` keys, `n` candidates, `d` hidden si
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import faiss
 import torch
 from torch import Tensor
 
-from mbpa_lm.memory.nearest_plain import ROUNDING, SPARE_CANDIDATES, choose, measure_all
-
-Knn = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""Queries (C, d), keys (N, d) and K to squared distances (C, K), smallest first, and rows (C, K)."""
+from mbpa_lm.memory.nearest_plain import ROUNDING, SPARE_CANDIDATES, Search, choose, measure_all
 
 
-def nearest_faiss(
-    keys_Nd: Tensor,
-    squared_norms_N: Tensor,
-    queries_Cd: Tensor,
-    begins_C: Tensor,
-    ends_C: Tensor,
-    count: int,
-    knn: Knn | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Do what `nearest.nearest` does, for single precision; `knn` is the device's own where it is not given."""
-    knn = knn or (knn_on_gpu if keys_Nd.is_cuda else knn_on_cpu)
-    begin, end = int(begins_C.max()), int(ends_C.min())
-    first, last = int(begins_C.min()), int(ends_C.max())
-    end = max(begin, end)
+def nearest_faiss(search: Search, count: int) -> tuple[Tensor, Tensor]:
+    """Do what `nearest.nearest` does, for single precision."""
+    keys_Nd, queries_Cd = search.keys_Nd, search.queries_Cd
+    knn = knn_on_gpu if keys_Nd.is_cuda else knn_on_cpu
+    first, last = int(search.begins_C.min()), int(search.ends_C.max())
+    begin = int(search.begins_C.max())
+    end = max(begin, int(search.ends_C.min()))
     rows_n = torch.cat([torch.arange(first, begin), torch.arange(end, last)]).to(keys_Nd.device)
-    seen_Cn = (rows_n >= begins_C[:, None]) & (rows_n < ends_C[:, None])
-    candidates_Cn = rows_n.where(seen_Cn, -1)
+    candidates_Cn = rows_n.where(search.sees(rows_n), -1)
     wanted = min(count + SPARE_CANDIDATES, end - begin)
-    farthest_C = torch.full_like(squared_norms_N[:1].expand(len(queries_Cd)), torch.inf)
+    norms_C = queries_Cd.square().sum(1)
+    farthest_C = torch.full_like(norms_C, torch.inf)
     if wanted:
         distances_Cn, found_Cn = knn(queries_Cd.contiguous(), keys_Nd[begin:end].contiguous(), wanted)
         candidates_Cn = torch.cat([candidates_Cn, found_Cn + begin], dim=1)
         farthest_C = distances_Cn[:, -1] if wanted < end - begin else farthest_C
     rows_CK, distances_CK = choose(keys_Nd, queries_Cd, candidates_Cn, count)
-    allowed_C = ROUNDING[keys_Nd.dtype] * (queries_Cd.square().sum(1) + squared_norms_N.amax())
+    allowed_C = ROUNDING[keys_Nd.dtype] * (norms_C + search.squared_norms_N.amax())
     doubtful_C = farthest_C <= distances_CK[:, -1] + allowed_C
-    return measure_all(doubtful_C, keys_Nd, queries_Cd, begins_C, ends_C, rows_CK, distances_CK)
+    return measure_all(search, doubtful_C, rows_CK, distances_CK)
 
 
 def knn_on_cpu(queries_Cd: Tensor, keys_Nd: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ Dimensions: `C` queries, `K` neighbours, `N` keys, `n` candidates, `d` hidden si
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,18 +16,25 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-2, torc
 """Rounding of a squared distance that comes from a matrix product, as a share of the squared norms."""
 
 
-def nearest_plain(
-    keys_Nd: Tensor,
-    squared_norms_N: Tensor,
-    queries_Cd: Tensor,
-    begins_C: Tensor,
-    ends_C: Tensor,
-    count: int,
-    products_CN: Tensor,
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Search:
+    """Queries, and the stretch of the keys that each sees: query c the rows from begins[c] up to, not including, ends[c]."""
+
+    keys_Nd: Tensor
+    squared_norms_N: Tensor
+    queries_Cd: Tensor
+    begins_C: Tensor
+    ends_C: Tensor
+
+    def sees(self, rows_n: Tensor) -> Tensor:
+        """Return (C, n) bool, which of the rows each query sees."""
+        return (rows_n >= self.begins_C[:, None]) & (rows_n < self.ends_C[:, None])
+
+
+def nearest_plain(search: Search, count: int, products_CN: Tensor) -> tuple[Tensor, Tensor]:
     """Do what `nearest` does in PyTorch, on any device."""
-    rows_N = torch.arange(len(keys_Nd), device=keys_Nd.device)
-    seen_CN = (rows_N >= begins_C[:, None]) & (rows_N < ends_C[:, None])
+    keys_Nd, squared_norms_N, queries_Cd = search.keys_Nd, search.squared_norms_N, search.queries_Cd
+    seen_CN = search.sees(torch.arange(len(keys_Nd), device=keys_Nd.device))
     half_CN = (squared_norms_N / 2 - products_CN).masked_fill(~seen_CN, math.inf)
     wanted = min(count + SPARE_CANDIDATES, len(keys_Nd))
     candidates = half_CN.topk(wanted, largest=False)
@@ -37,23 +45,16 @@ def nearest_plain(
         farthest_C = norms_C + 2 * candidates.values.amax(1)
         allowed_C = ROUNDING[keys_Nd.dtype] * (norms_C + squared_norms_N.amax())
         doubtful_C = (rows_Cn >= 0).all(1) & (farthest_C <= distances_CK[:, -1] + allowed_C)
-        return measure_all(doubtful_C, keys_Nd, queries_Cd, begins_C, ends_C, rows_CK, distances_CK)
+        return measure_all(search, doubtful_C, rows_CK, distances_CK)
     return rows_CK, distances_CK
 
 
-def measure_all(
-    doubtful_C: Tensor,
-    keys_Nd: Tensor,
-    queries_Cd: Tensor,
-    begins_C: Tensor,
-    ends_C: Tensor,
-    rows_CK: Tensor,
-    distances_CK: Tensor,
-) -> tuple[Tensor, Tensor]:
+def measure_all(search: Search, doubtful_C: Tensor, rows_CK: Tensor, distances_CK: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows and distances with those of doubtful queries found again, among all keys that the query sees."""
     for query in doubtful_C.nonzero()[:, 0].tolist():
-        visible = torch.arange(int(begins_C[query]), int(ends_C[query]), device=keys_Nd.device)[None]
-        found = choose(keys_Nd, queries_Cd[query : query + 1], visible, rows_CK.shape[1])
+        begin, end = int(search.begins_C[query]), int(search.ends_C[query])
+        visible = torch.arange(begin, end, device=rows_CK.device)[None]
+        found = choose(search.keys_Nd, search.queries_Cd[query : query + 1], visible, rows_CK.shape[1])
         rows_CK[query], distances_CK[query] = found[0][0], found[1][0]
     return rows_CK, distances_CK
 

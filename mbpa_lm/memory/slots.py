@@ -20,6 +20,7 @@ from torch import Tensor
 from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.entry_tensors import EntryTensors
 from mbpa_lm.memory.nearest import nearest
+from mbpa_lm.memory.nearest_plain import Search
 
 PRODUCTS_AT_ONCE = 256
 GivenUp = Literal["reservoir", "least_retrieved"]
@@ -89,7 +90,8 @@ class SlotMemory:
         seen = len(self)
         ends_1 = torch.tensor([seen], device=query_1d.device)
         keys, norms = self._tensors.searched_Nd[:seen], self._tensors.squared_norms_N[:seen]
-        rows, distances = nearest(keys, norms, query_1d, torch.zeros_like(ends_1), ends_1, count, products_1N.contiguous())
+        search = Search(keys, norms, query_1d, torch.zeros_like(ends_1), ends_1)
+        rows, distances = nearest(search, count, products_1N.contiguous())
         positions = torch.where(rows < 0, -1, self._positions_N[rows.clamp(min=0)])
         newest_first = positions.argsort(dim=1, descending=True)
         order = newest_first.gather(1, distances.gather(1, newest_first).argsort(dim=1, stable=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.entry_tensors import EntryTensors
 from mbpa_lm.memory.nearest import nearest
+from mbpa_lm.memory.nearest_plain import Search
 
 QUERIES_AT_ONCE = 256
 
@@ -66,15 +67,16 @@ class WindowMemory:
         oldest = first - before
         ends_C = first + stored_C.cumsum(0) - stored_C.long()
         begins_C = (ends_C - self._size).clamp(min=oldest)
-        rows_CK, distances_CK = nearest(
+        search = Search(
             self._tensors.searched_Nd[oldest : self._end],
             self._tensors.squared_norms_N[oldest : self._end],
             self._tensors.scaled(entries.keys),
             begins_C - oldest,
             ends_C - oldest,
-            count,
-            None if products is None else products[:, products.shape[1] - (self._end - oldest) :].contiguous(),
         )
+        if products is not None:
+            products = products[:, products.shape[1] - (self._end - oldest) :].contiguous()
+        rows_CK, distances_CK = nearest(search, count, products)
         empty_CK = rows_CK < 0
         rows_CK = rows_CK + oldest
         positions_CK = (rows_CK + (self._written - self._end)).masked_fill_(empty_CK, -1)

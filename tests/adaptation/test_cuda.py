@@ -11,6 +11,7 @@ from mbpa_lm.adaptation.problem import BaseSoftmax, Problem
 from mbpa_lm.adaptation.rule import AdaptationRule
 from mbpa_lm.adaptation.slow_weights import GradientScale, SlowRule, SlowWeights
 from mbpa_lm.memory.nearest import nearest
+from mbpa_lm.memory.nearest_plain import Search
 from tests.adaptation.test_solvers import random_problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device on this machine")
@@ -46,8 +47,8 @@ def test_search_and_likely_words_agree_with_the_cpu() -> None:
     keys = torch.randn(500, 8, generator=generator)
     begins, ends = torch.arange(20), torch.arange(480, 500)
     arguments = (keys, keys.square().sum(1), keys[480:], begins, ends)
-    rows, distances = nearest(*(tensor.cuda() for tensor in arguments), 9)
-    expected_rows, expected_distances = nearest(*arguments, 9)
+    rows, distances = nearest(Search(*(tensor.cuda() for tensor in arguments)), 9)
+    expected_rows, expected_distances = nearest(Search(*arguments), 9)
     assert torch.equal(rows.cpu(), expected_rows)
     torch.testing.assert_close(distances.cpu(), expected_distances)
     numbers = torch.randn(4, 100, generator=generator).log_softmax(-1)

@@ -9,7 +9,7 @@ import torch
 from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.datastore.index import to_gpus, train_index
 from mbpa_lm.memory.nearest_faiss import has_gpu_build, nearest_faiss
-from mbpa_lm.memory.nearest_plain import nearest_plain
+from mbpa_lm.memory.nearest_plain import Search, nearest_plain
 from mbpa_lm.memory.window import WindowMemory
 from tests.memory.test_datastore import make, queries
 from tests.memory.test_window import LIKELY, random_entries
@@ -39,9 +39,9 @@ def test_faiss_searches_tensors_where_they_are() -> None:
     keys, asked = torch.randn(5000, 64, generator=generator).cuda(), torch.randn(200, 64, generator=generator).cuda()
     ends = torch.arange(4800, 5000).cuda()
     begins = ends - 4500
-    arguments = (keys, keys.square().sum(1), asked, begins, ends, 32)
-    rows, distances = nearest_faiss(*arguments)
-    expected_rows, expected_distances = nearest_plain(*arguments, asked @ keys.T)
+    search = Search(keys, keys.square().sum(1), asked, begins, ends)
+    rows, distances = nearest_faiss(search, 32)
+    expected_rows, expected_distances = nearest_plain(search, 32, asked @ keys.T)
     torch.testing.assert_close(distances, expected_distances)
     assert (rows == expected_rows).float().mean() > 0.999
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from mbpa_lm.memory import nearest as module
 from mbpa_lm.memory.nearest import nearest, nearest_compiled
 from mbpa_lm.memory.nearest_faiss import nearest_faiss
-from mbpa_lm.memory.nearest_plain import nearest_plain
+from mbpa_lm.memory.nearest_plain import Search, nearest_plain
 
-Search = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-SEARCHES: dict[str, Search] = {
+Find = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+SEARCHES: dict[str, Find] = {
     "compiled": nearest_compiled,
     "plain": nearest_plain,
-    "faiss": lambda *arguments: nearest_faiss(*arguments[:-1]),  # it makes products of its own
+    "faiss": lambda search, count, products: nearest_faiss(search, count),  # it makes products of its own
 }
 DTYPES = [torch.float32, torch.float64]
 CASES = [*itertools.product(("compiled", "plain"), DTYPES), ("faiss", torch.float32)]  # FAISS knows single precision alone
@@ -29,7 +29,7 @@ CASES = [*itertools.product(("compiled", "plain"), DTYPES), ("faiss", torch.floa
 def find(
     name: str, keys: torch.Tensor, queries: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return SEARCHES[name](keys, keys.square().sum(1), queries, begins, ends, count, queries @ keys.T)
+    return SEARCHES[name](Search(keys, keys.square().sum(1), queries, begins, ends), count, queries @ keys.T)
 
 
 def whole(keys: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,6 +190,6 @@ def test_the_compiled_search_is_taken_on_a_cpu_and_the_plain_one_for_half_precis
     keys = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         cast = keys.to(dtype)
-        rows, _ = nearest(cast, cast.square().sum(1), cast[:5], *whole(keys, keys[:5]), 3)
+        rows, _ = nearest(Search(cast, cast.square().sum(1), cast[:5], *whole(keys, keys[:5])), 3)
         assert rows[:, 0].tolist() == [0, 1, 2, 3, 4]
     assert taken == ["nearest_compiled", "nearest_compiled", "nearest_plain"]

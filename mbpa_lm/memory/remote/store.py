@@ -24,7 +24,7 @@ from torch import Tensor
 from mbpa_lm.errors import DatastoreError
 from mbpa_lm.memory.base import Entries, Neighbours, nearest_of
 from mbpa_lm.memory.datastore.manifest import Identity, Layout
-from mbpa_lm.memory.nearest_plain import SPARE_CANDIDATES, choose, nearest_plain
+from mbpa_lm.memory.nearest_plain import SPARE_CANDIDATES, Search, choose, nearest_plain
 from mbpa_lm.memory.remote.collection import MOST_CANDIDATES, Collection
 from mbpa_lm.memory.remote.connection import Connection
 from mbpa_lm.memory.remote.rows import as_stored, joined, no_entries
@@ -149,7 +149,7 @@ def search_entries(entries: Entries, queries_Cd: Tensor, ends_C: Tensor, count: 
         return nothing(entries, len(queries_Cd), count)
     keys_Nd = entries.keys.float()
     norms_N, begins_C = keys_Nd.square().sum(1), torch.zeros_like(ends_C)
-    rows_CK, distances_CK = nearest_plain(keys_Nd, norms_N, queries_Cd, begins_C, ends_C, count, queries_Cd @ keys_Nd.T)
+    rows_CK, distances_CK = nearest_plain(Search(keys_Nd, norms_N, queries_Cd, begins_C, ends_C), count, queries_Cd @ keys_Nd.T)
     return neighbours(entries, torch.arange(len(keys_Nd)), rows_CK, distances_CK)
 
 
