@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mbpa_lm.config import EXPERTS, MEMORY_EXPERTS
 from mbpa_lm.errors import DataError, reason
 from mbpa_lm.report import METRICS_FILE
 
@@ -40,7 +41,13 @@ class Run:
 
     @property
     def settings(self) -> str:
-        return "tuned on the validation text" if self.metrics["tuned_on"] else "as configured"
+        how = "tuned on the validation text" if self.metrics["tuned_on"] else "as configured"
+        experts = [name for name in EXPERTS if name in self.metrics["config"]["evaluation"]["experts"]]
+        if experts == list(MEMORY_EXPERTS):
+            return how
+        if set(experts) >= set(MEMORY_EXPERTS):
+            return f"{how}, with {' and '.join(experts[len(MEMORY_EXPERTS) :])}"
+        return f"{how}, only {' and '.join(name for name in experts if name != 'base')}"
 
     @property
     def seed(self) -> int:
