@@ -1,5 +1,6 @@
 """The datastores that a configuration names: opened, or, of the training text, built where they are not kept."""
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -7,14 +8,15 @@ from pathlib import Path
 
 from mbpa_lm.checkpoint import Checkpoint
 from mbpa_lm.config import Config, MemoryConfig
+from mbpa_lm.durable import hold
 from mbpa_lm.errors import DatastoreError
-from mbpa_lm.memory.datastore.manifest import FILE, Identity, IndexKind, Layout
+from mbpa_lm.memory.datastore.manifest import FILE, Identity, IndexKind, Layout, read_manifest
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.progress import ProgressBar
 from mbpa_lm.remember import Text, remember
 
 TRAINING = "training"
-FOLDER = "datastore"
+FOLDER, LOCK = "datastore", ".datastore.lock"
 GIB = 1 << 30
 
 
@@ -45,16 +47,32 @@ def open_datastores(config: Config, checkpoint: Checkpoint, training_text: Calla
     Raises DatastoreError where one is missing, damaged, of another model, or keeps another number of likely words.
     """
     wanted, stores = likely_words_kept(config, checkpoint), []
+    _refuse_twice(config, checkpoint)
     for name in config.memory.datastores:
         is_training = name == TRAINING
         store = training_datastore(config, checkpoint, training_text) if is_training else open_one(config, checkpoint, name)
         if store.likely_words != wanted:
             raise DatastoreError(
                 f"the memory in {store.folder} keeps {store.likely_words} likely words an entry, memory.likely_words asks for "
-                f"{wanted}; change that, or build it again with mbpa-memory build --memory.likely_words {wanted}"
+                f"{wanted}; change that, or build another one with mbpa-memory build --memory.likely_words {wanted}"
             )
         stores.append(store)
     return stores
+
+
+def _refuse_twice(config: Config, checkpoint: Checkpoint) -> None:
+    """Raise DatastoreError where a memory is named twice: each of its entries would count twice."""
+    training = checkpoint.folder / FOLDER
+    paths = [(training if name == TRAINING else Path(name)).resolve() for name in config.memory.datastores]
+    for name, path in zip(config.memory.datastores, paths, strict=True):
+        if paths.count(path) > 1:
+            raise DatastoreError(f"memory.datastores names {name} more than once; name it once")
+
+
+def knows(config: Config, fingerprint: str) -> list[str]:
+    """Return which of the datastores that memory.datastores names have read the text of a fingerprint."""
+    folders = [name for name in config.memory.datastores if name != TRAINING]
+    return [name for name in folders if any(each.fingerprint == fingerprint for each in read_manifest(Path(name)).sources)]
 
 
 def training_datastore(config: Config, checkpoint: Checkpoint, training_text: Callable[[], Text]) -> Datastore:
@@ -64,24 +82,53 @@ def training_datastore(config: Config, checkpoint: Checkpoint, training_text: Ca
     """
     folder, identity, memory = checkpoint.folder / FOLDER, identity_of(checkpoint), config.memory
     likely_words = likely_words_kept(config, checkpoint) if TRAINING in memory.datastores else 0
-    layout, limit = Layout(checkpoint.model.hidden_size, likely_words, memory.key_type), limit_of(memory)
-    name = f"the first {config.knn.entries:,} words of the training text" if config.knn.entries else "the training text"
-    if (folder / FILE).is_file():
-        store = Datastore.open(folder, identity, limit, gpus=memory.gpus)
-        source = store.manifest.sources[0] if store.manifest.sources else None
-        if source is not None and store.manifest.layout == layout and source.name == name:
-            if len(store) == source.entries and not store.needs_index(index_kind(memory)):
-                return store
-        else:
-            shutil.rmtree(folder)
-    if not (folder / FILE).is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        Datastore.create(folder, identity, layout, limit).close()
-    with Datastore.open(folder, identity, limit, writable=True, gpus=memory.gpus) as store:
-        text = training_text()._replace(name=name)
+    kept = _ready(folder, checkpoint, config, likely_words)
+    if kept is not None:
+        return kept
+    lock = hold(checkpoint.folder / LOCK, folder)  # not in the folder itself, which may be replaced
+    try:
+        layout, limit = Layout(checkpoint.model.hidden_size, likely_words, memory.key_type), limit_of(memory)
+        text = training_text()
         tokens = text.tokens[: config.knn.entries + 1] if config.knn.entries else text.tokens
-        build(store, checkpoint, text._replace(tokens=tokens), memory)
-    return store
+        text = text._replace(name=_name(config), tokens=tokens)
+        if not _can_go_on(folder, layout, text):
+            _remove(folder)
+            Datastore.create(folder, identity, layout, limit).close()
+        with Datastore.open(folder, identity, limit, writable=True, gpus=memory.gpus) as store:
+            build(store, checkpoint, text, memory)
+        return Datastore.open(folder, identity, limit, gpus=memory.gpus)
+    finally:
+        os.close(lock)
+
+
+def _name(config: Config) -> str:
+    return f"the first {config.knn.entries:,} words of the training text" if config.knn.entries else "the training text"
+
+
+def _ready(folder: Path, checkpoint: Checkpoint, config: Config, likely_words: int) -> Datastore | None:
+    """Return the kept store where it is whole and of these settings; more likely words than are needed do no harm."""
+    if not (folder / FILE).is_file():
+        return None
+    store = Datastore.open(folder, identity_of(checkpoint), limit_of(config.memory), gpus=config.memory.gpus)
+    sources, layout = store.manifest.sources, store.manifest.layout
+    is_of_this = len(sources) == 1 and sources[0].name == _name(config) and layout.key_type == config.memory.key_type
+    is_whole = is_of_this and len(store) == sources[0].entries and not store.needs_index(index_kind(config.memory))
+    return store if is_whole and likely_words in (0, layout.likely_words) else None
+
+
+def _can_go_on(folder: Path, layout: Layout, text: Text) -> bool:
+    """Say whether a store holds a part of just this text, or nothing yet."""
+    if not (folder / FILE).is_file():
+        return False
+    manifest = read_manifest(folder)
+    found = [(each.name, each.fingerprint, each.entries) for each in manifest.sources]
+    return manifest.layout == layout and found in ([], [(text.name, text.fingerprint, len(text.tokens) - 1)])
+
+
+def _remove(folder: Path) -> None:
+    """Remove a store so that, whenever that is interrupted, nobody takes the rest for one."""
+    (folder / FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def index_kind(memory: MemoryConfig) -> IndexKind | None:

@@ -1,11 +1,15 @@
 """Files that are whole whatever happens: written beside, synced, renamed."""
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from mbpa_lm.errors import DatastoreError, reason
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -17,11 +21,13 @@ def replace_json(path: Path, values: Any) -> None:
     """Write a JSON file whole or not at all; raises OSError where it cannot."""
     temporary = path.with_name(f".{path.name}.saving")
     try:
+        temporary.unlink(missing_ok=True)  # it might be a link
         write_json(temporary, values)
         sync(temporary)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
@@ -45,10 +51,23 @@ def take_lock(path: Path) -> int | None:
 
     Raises OSError where the file cannot be made.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if error.errno != errno.EWOULDBLOCK:
+            raise
         return None
     return descriptor
+
+
+def hold(path: Path, what: Path) -> int:
+    """Return what `take_lock` does; raises DatastoreError, naming what is locked, where another process holds it."""
+    try:
+        lock = take_lock(path)
+    except OSError as error:
+        raise DatastoreError(f"{what} cannot be written: {reason(error)}") from None
+    if lock is None:
+        raise DatastoreError(f"{what} is being written by another process; wait until it is done")
+    return lock

@@ -18,6 +18,7 @@ from mbpa_lm.config import Config, RemoteConfig
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
+from mbpa_lm.datastores import knows
 from mbpa_lm.errors import ConfigError, did_you_mean
 from mbpa_lm.features import FEATURES
 from mbpa_lm.figures import write_figures
@@ -44,7 +45,7 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
     folder = find_checkpoint(checkpoint_path)
     check_same_settings(folder, config)
     checkpoint = load_checkpoint(folder)
-    stream = _open_stream(config, checkpoint)
+    stream, fingerprint = _open_stream(config, checkpoint)
     model = checkpoint.model.to(pick_device(config.run.device)).eval()
     if tune_first:
         _tune(fill_in_scales(config, checkpoint), checkpoint)
@@ -64,7 +65,9 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
     log_of_run = RunLog(Path(config.run.folder), tracking.mode, tracking.project, "evaluate", asdict(config))
     with ExitStack() as closing, log_of_run as log:
         memory = make_memory(config, checkpoint, metric, closing)
-        remembered_before = len(memory)
+        remembered_before, read_by = len(memory), knows(config, fingerprint)
+        for name in read_by:
+            console.print(f"the memory in {name} has read {stream.name}: this is no held-out perplexity", markup=False)
         with ProgressBar(f"scoring {stream.name}", len(stream) - 1) as progress:
             scores = score_stream(
                 model,
@@ -85,7 +88,7 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
             scores.losses |= mixed.losses
             scores.seconds |= mixed.seconds
         metrics = _metrics(config, checkpoint, stream, scores, details)
-        metrics["remembered_before"] = remembered_before
+        metrics |= {"remembered_before": remembered_before, "read_before_by": read_by}
         if mixed is not None:
             metrics["gate"] = _gate_metrics(mixed, names)
         metrics["tuned_on"] = None if tuned is None else {"stream": tuned.stream, "losses": tuned.losses}
@@ -136,14 +139,16 @@ def _tuned_weights(tuned: Tuned | None, experts: Sequence[str]) -> dict[str, flo
     return tuned.weights if tuned is not None and set(tuned.weights) == {*experts, UNIFORM} else None
 
 
-def _open_stream(config: Config, checkpoint: Checkpoint) -> TokenStream:
+def _open_stream(config: Config, checkpoint: Checkpoint) -> tuple[TokenStream, str]:
+    """Return the stream to be scored, and the fingerprint of its text."""
     evaluation = config.evaluation
     if evaluation.text:
         corpus: Corpus = WholeText(Path(evaluation.text), config.data.document_pattern)
     else:
         corpus = own_corpus(config, checkpoint)
     stream = _tokenize(config, checkpoint, corpus, evaluation.split)
-    return stream.first(evaluation.max_tokens + 1) if evaluation.max_tokens else stream
+    stream = stream.first(evaluation.max_tokens + 1) if evaluation.max_tokens else stream
+    return stream, corpus.fingerprint(evaluation.split)
 
 
 def _tokenize(config: Config, checkpoint: Checkpoint, corpus: Corpus, split: str) -> TokenStream:

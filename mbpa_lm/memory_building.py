@@ -1,8 +1,11 @@
 """What `mbpa-memory` does: memories built from texts, added to, indexed, described, checked, joined and copied out."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from mbpa_lm.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
@@ -10,10 +13,10 @@ from mbpa_lm.config import Config
 from mbpa_lm.data.streams import open_stream
 from mbpa_lm.data.text_files import WholeText
 from mbpa_lm.datastores import build, build_index, identity_of, likely_words_kept, limit_of
-from mbpa_lm.errors import DatastoreError
+from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.machine import pick_device
 from mbpa_lm.memory.datastore.entry_files import columns
-from mbpa_lm.memory.datastore.maintenance import append_store, check_alike, export
+from mbpa_lm.memory.datastore.maintenance import append_store, check_alike, check_whole, export
 from mbpa_lm.memory.datastore.manifest import FILE, IndexKind, Layout
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.progress import ProgressBar, console, token_progress
@@ -29,10 +32,12 @@ def build_memory(config: Config, checkpoint_path: Path, folder: Path, text_path:
     """
     checkpoint = _load(config, checkpoint_path)
     text = training_text(config, checkpoint) if text_path is None else _read(config, checkpoint, text_path)
-    if not (folder / FILE).is_file():
-        layout = Layout(checkpoint.model.hidden_size, likely_words_kept(config, checkpoint), config.memory.key_type)
+    layout = Layout(checkpoint.model.hidden_size, likely_words_kept(config, checkpoint), config.memory.key_type)
+    if not _is_there(folder):
         Datastore.create(folder, identity_of(checkpoint), layout).close()
     with _open_to_write(config, checkpoint, folder) as store:
+        if store.manifest.layout != layout:
+            raise DatastoreError(f"{folder} was begun with other settings ({store.manifest.layout}); name another folder")
         if any(source.fingerprint != text.fingerprint for source in store.manifest.sources):
             raise DatastoreError(f"{folder} holds {store.manifest.sources[0].name} already; use mbpa-memory add for more text")
         build(store, checkpoint, text, config.memory)
@@ -75,10 +80,11 @@ def show_memory(folder: Path) -> None:
     else:
         found = f"finds {index.recall['recall']:.1%} of the {index.recall['at']:.0f} nearest"
         table.add_row("index", f"{index.kind} over {index.entries:,} entries, {_size(index.bytes)}, {found}")
-    for source in manifest.sources:
-        there = min(source.entries, len(store) - source.first_entry)
-        table.add_row("text", f"{source.name}: {there:,} of {source.entries:,} entries")
-    console.print(f"memory {folder}")
+    ends = [*(source.first_entry for source in manifest.sources[1:]), len(store)]
+    for source, end in zip(manifest.sources, ends, strict=True):
+        there = min(source.entries, end - source.first_entry)
+        table.add_row("text", escape(f"{source.name}: {there:,} of {source.entries:,} entries"))
+    console.print(f"memory {folder}", markup=False)
     console.print(table)
 
 
@@ -96,19 +102,36 @@ def verify_memory(folder: Path) -> None:
         damaged = store.damaged(show)
     if damaged is not None:
         raise DatastoreError(f"{folder / damaged} is not what was written; put the file back, or build the memory again")
-    console.print(f"{folder}: {len(store):,} entries, {_size(done)}, all as they were written")
+    console.print(f"{folder}: {len(store):,} entries, {_size(done)}, all as they were written", markup=False)
 
 
 def merge_memories(folders: Sequence[Path], output: Path) -> None:
-    """Copy memories into a new one, one behind the other, and index it; raises DatastoreError where they do not fit."""
+    """Copy memories into a new one, one behind the other, and index it; raises DatastoreError where they do not fit.
+
+    The new memory has its name when it is whole.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise DatastoreError("a memory is named more than once; name it once")
     stores = [Datastore.open(folder) for folder in folders]
     check_alike(stores)
-    with Datastore.create(output, stores[0].manifest.identity, stores[0].manifest.layout) as target:
-        for store in stores:
-            with ProgressBar(f"copying {store.folder}", len(store), "entries") as progress:
-                append_store(target, store, progress.reach)
-        if target.needs_index():
-            build_index(target, None)
+    for store in stores:
+        check_whole(store)
+    if output.exists():
+        raise DatastoreError(f"{output} is there already; name another folder")
+    temporary = output.with_name(f".{output.name}.merging")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with Datastore.create(temporary, stores[0].manifest.identity, stores[0].manifest.layout) as target:
+            for store in stores:
+                with ProgressBar(f"copying {store.folder}", len(store), "entries") as progress:
+                    append_store(target, store, progress.reach)
+            if target.needs_index():
+                build_index(target, None)
+        os.replace(temporary, output)
+    except OSError as error:
+        raise DatastoreError(f"{output} could not be written: {reason(error)}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     show_memory(output)
 
 
@@ -117,7 +140,7 @@ def export_memory(folder: Path, path: Path) -> None:
     store = Datastore.open(folder)
     with ProgressBar(f"writing {path}", len(store), "entries") as progress:
         export(store, path, progress.reach)
-    console.print(f"written to {path}: {_size(path.stat().st_size)}")
+    console.print(f"written to {path}: {_size(path.stat().st_size)}", markup=False)
 
 
 def _load(config: Config, path: Path) -> Checkpoint:
@@ -131,6 +154,13 @@ def _read(config: Config, checkpoint: Checkpoint, path: Path) -> Text:
     with token_progress(f"tokenizing {text.name}") as progress:
         stream = open_stream(text, "text", checkpoint.tokenizer, Path(config.data.token_folder), progress)
     return Text(text.name, text.fingerprint("text"), stream.tokens, stream.document_starts)
+
+
+def _is_there(folder: Path) -> bool:
+    try:
+        return (folder / FILE).is_file()
+    except OSError as error:
+        raise DatastoreError(f"{folder} cannot be read: {reason(error)}") from None
 
 
 def _open_to_write(config: Config, checkpoint: Checkpoint, folder: Path) -> Datastore:

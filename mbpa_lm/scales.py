@@ -48,7 +48,8 @@ def fill_in(config: Config, norm: Callable[[], float], gradient_size: Callable[[
     if "knn" in wanted and knn.temperature is None:
         knn = replace(knn, temperature=TEMPERATURE * norm())
     if "dynamic" in wanted and dynamic.rate is None:
-        dynamic = replace(dynamic, rate=DYNAMIC_STEP * dynamic.smoothing * gradient_size() / norm())
+        unit = dynamic.smoothing * gradient_size() if dynamic.optimizer == "rms" else 1.0
+        dynamic = replace(dynamic, rate=DYNAMIC_STEP * unit / norm())
     return replace(config, adaptation=adaptation, persistent=persistent, cache=cache, knn=knn, dynamic=dynamic)
 
 

@@ -63,13 +63,14 @@ def score_stream(
     one_retrieval = history is not None and memory.takes_products(history.size)
     clock = _Clock(model.output_layer().weight.device)
     pieces = _read(model, tokens, chunk_length, clock)
+    ahead = memory if neighbours and isinstance(memory, SearchesAhead) else None
     following = next(pieces, None)
     while following is not None:
         begin, inputs_C, targets_C, hidden_states_Cd, base_CV, log_partitions_C = following
         end = begin + len(inputs_C)
-        if neighbours and isinstance(memory, SearchesAhead):
-            memory.begin(hidden_states_Cd, neighbours)
-        following = next(pieces, None)  # the model reads on while a memory far away is searched
+        if ahead is not None:
+            ahead.begin(hidden_states_Cd, neighbours)
+            following = next(pieces, None)  # the model reads on while a memory far away is searched
         stretch: Stretch | None = None
         if history is not None:
             with clock.measure("history"):
@@ -98,6 +99,8 @@ def score_stream(
             parts = {*shared_work(expert), expert.name, *(["history"] if one_retrieval and expert.neighbours else [])}
             scores.seconds[expert.name] = sum(clock.seconds[part] for part in parts)
         on_progress(end, scores)
+        if ahead is None:
+            following = next(pieces, None)
     return scores
 
 

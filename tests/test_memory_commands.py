@@ -1,6 +1,7 @@
 """mbpa-memory as a user types it, and evaluations on what it made."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mbpa_lm import commands
+from mbpa_lm.durable import take_lock
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory_commands import memory
 
@@ -84,6 +86,57 @@ def test_the_training_text_is_remembered_once(options: Options, trained_run: Pat
     assert manifest.stat().st_mtime_ns == written
     assert commands.evaluate([*evaluate, "--knn.entries", "100"]) == 0
     assert len(Datastore.open(manifest.parent)) == 100
+
+
+def test_a_training_memory_with_more_than_is_needed_is_good_enough(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    evaluate = [*options(tmp_path / "run"), "--checkpoint", str(trained_run), "--experts", "base,mbpa,knn"]
+    assert commands.evaluate([*evaluate, "--memory.datastores", "[training]"]) == 0
+    (manifest,) = trained_run.glob("checkpoints/*/datastore/manifest.json")
+    written = manifest.read_text()
+    assert commands.evaluate(evaluate) == 0
+    assert manifest.read_text() == written
+
+
+def test_a_second_process_waits_for_the_training_memory(
+    options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint,) = trained_run.glob("checkpoints/*")
+    held = take_lock(checkpoint / ".datastore.lock")
+    assert held is not None
+    evaluate = [*options(tmp_path / "run"), "--checkpoint", str(trained_run), "--experts", "base,knn", "--knn.entries", "77"]
+    try:
+        assert commands.evaluate(evaluate) != 0
+    finally:
+        os.close(held)
+    assert "datastore is being written by another process; wait until it is done" in capsys.readouterr().err
+
+
+def test_a_memory_that_is_named_twice_is_refused(
+    build: Callable[..., Path], options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = build("twice", 20)
+    again = f"{folder.parent}/../{folder.parent.name}/twice"
+    named = ["--checkpoint", str(trained_run), "--memory.datastores", f"[{folder}, {again}]"]
+    assert commands.evaluate([*options(tmp_path / "run"), *named]) != 0
+    assert "more than once; name it once" in capsys.readouterr().err
+    assert memory(["merge", str(folder), str(folder), "--output", str(tmp_path / "m")]) != 0
+    assert "more than once; name it once" in capsys.readouterr().err
+    for output in (folder / "keys.bin", folder, tmp_path / "no" / "x"):
+        assert memory(["export", str(folder), "--output", str(output)]) != 0
+        assert capsys.readouterr().err.count("\n") == 1
+    assert memory(["verify", str(folder)]) == 0
+
+
+def test_a_memory_that_has_read_the_text_is_named(
+    build: Callable[..., Path], options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = build("read", 30)
+    score = [*options(tmp_path / "run"), "--checkpoint", str(trained_run), "--memory.datastores", f"[{folder}]"]
+    for text, known in ((folder.parent / "read.txt", [str(folder)]), (tmp_path / "other.txt", [])):
+        (tmp_path / "other.txt").write_text("word1 name5\n" * 10)
+        assert commands.evaluate([*score, "--experts", "base,mbpa", "--evaluation.text", str(text)]) == 0
+        assert ("has read" in capsys.readouterr().out) == bool(known)
+        assert json.loads((tmp_path / "run" / "metrics.json").read_text())["read_before_by"] == known
 
 
 MISTAKES = [

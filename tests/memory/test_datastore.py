@@ -8,7 +8,9 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ import torch
 from mbpa_lm.durable import take_lock
 from mbpa_lm.errors import DatastoreError
 from mbpa_lm.memory.base import Entries
-from mbpa_lm.memory.datastore import entry_files
-from mbpa_lm.memory.datastore.index import choose_cells, choose_kind
+from mbpa_lm.memory.datastore import entry_files, manifest
+from mbpa_lm.memory.datastore.index import choose_cells, choose_kind, read_index
 from mbpa_lm.memory.datastore.manifest import Identity, Layout, Source
 from mbpa_lm.memory.datastore.store import LOCK, Datastore
 
@@ -89,6 +91,9 @@ def test_copies_of_one_key_come_newest_first(tmp_path: Path) -> None:
     entries = entries_from(0, 12)
     store.add(Entries(torch.ones(12, D), *entries.tensors()[1:]))
     assert store.search(torch.zeros(1, D), 20).positions[0, :12].tolist() == list(range(11, -1, -1))
+    many = entries_from(0, 70_000)
+    store.add(Entries(torch.ones(70_000, D), *many.tensors()[1:]))
+    assert store.search(torch.zeros(3, D), 4).positions.tolist() == [[70_011, 70_010, 70_009, 70_008]] * 3
 
 
 def test_nothing_is_found_in_an_empty_one(tmp_path: Path) -> None:
@@ -148,7 +153,7 @@ def test_sources_are_recorded_with_their_entries(tmp_path: Path) -> None:
 
 def test_a_memory_of_another_model_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
     make(tmp_path / "m", 3)
-    with pytest.raises(DatastoreError, match=r"written with model aaaaaaaaaaaa, this model is cccccccccccc; build it again"):
+    with pytest.raises(DatastoreError, match=r"written with model aaaaaaaaaaaa, this model is cccccccccccc; build another one"):
         Datastore.open(tmp_path / "m", Identity("c" * 64, "b" * 64))
     with pytest.raises(DatastoreError, match=r"with tokenizer bbbbbbbbbbbb, this tokenizer is dddddddddddd"):
         Datastore.open(tmp_path / "m", Identity("a" * 64, "d" * 64))
@@ -197,6 +202,106 @@ def test_an_altered_manifest_is_refused(tmp_path: Path, change: tuple[str, objec
         Datastore.open(tmp_path / "m")
 
 
+IMPOSSIBLE = [
+    {"entries": -5},
+    {"entries": float("inf")},
+    {"documents": "many"},
+    {"identity": {"model": 5, "tokenizer": "b"}},
+    {"layout": {"hidden_size": D, "likely_words": LIKELY, "key_type": "int8"}},
+    {"layout": {"hidden_size": "8", "likely_words": LIKELY, "key_type": "float16"}},
+    {"layout": {"hidden_size": D, "likely_words": 10**12, "key_type": "float16"}},
+    {"sources": [{"name": "a", "fingerprint": "b", "first_entry": -1, "first_document": 0, "entries": 3}]},
+    {"index": {"file": "../x.faiss"}},
+    {"index": {"kind": "other"}},
+    {"index": {"entries": 10**9}},
+    {"index": {"search": {"effort": 10**12, "cells": 3}}},
+    {"index": {"recall": {}}},
+]
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE)
+def test_a_stranger_s_manifest_is_checked_before_anything_is_made_of_it(tmp_path: Path, change: dict[str, Any]) -> None:
+    make(tmp_path / "m", 2000).build_index("ivf_flat")
+    path = tmp_path / "m" / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    for name, value in change.items():
+        values[name] = {**values[name], **value} if name == "index" else value
+    path.write_text(json.dumps({**values, "checksum": manifest._checksum(values)}))
+    with pytest.raises(DatastoreError, match=r"manifest.json is damaged") as error:
+        Datastore.open(tmp_path / "m")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["keys.bin", "manifest.json", "index-1.faiss"])
+def test_a_memory_whose_files_lie_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    make(tmp_path / "m", 2000).build_index("ivf_flat")
+    path, elsewhere = tmp_path / "m" / name, tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    with pytest.raises(DatastoreError, match="is a link"):
+        Datastore.open(tmp_path / "m")
+
+
+def test_another_index_than_was_recorded_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "other", 1500).build_index("ivf_flat")
+    store = make(tmp_path / "m", 2000)
+    store.build_index("ivf_flat")
+    shutil.copy(tmp_path / "other" / "index-1.faiss", tmp_path / "m" / "index-1.faiss")
+    record = store.manifest.index
+    assert record is not None
+    with pytest.raises(DatastoreError, match="it is another index than was recorded"):
+        read_index(tmp_path / "m" / "index-1.faiss", record, D)
+    with pytest.raises(DatastoreError, match=r"index-1.faiss is not what was written"):
+        Datastore.open(tmp_path / "m")
+
+
+def test_only_who_opened_it_to_write_can_write(tmp_path: Path) -> None:
+    make(tmp_path / "m", 5).close()
+    reader = Datastore.open(tmp_path / "m")
+    for write in (lambda: reader.add(entries_from(5, 1)), lambda: reader.build_index("hnsw")):
+        with pytest.raises(DatastoreError, match="was opened to be read; open it to be written"):
+            write()
+
+
+def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    store, entries = make(tmp_path / "m", 5), entries_from(5, 3)
+    with pytest.raises(DatastoreError, match=r"keys.bin cannot hold a number that is not finite in float16.*memory.key_type"):
+        store.add(replace(entries, keys=entries.keys * 1e9))
+    with pytest.raises(ValueError, match="keys of another shape than the memory's"):
+        store.add(replace(entries, keys=entries.keys.repeat(1, 2)))
+    with pytest.raises(DatastoreError, match="5 entries are too few for ivf_pq, which needs 1,000"):
+        store.build_index("ivf_pq")
+    assert len(Datastore.open(tmp_path / "m")) == 5
+
+
+def test_a_creation_that_was_interrupted_begins_again(tmp_path: Path) -> None:
+    make(tmp_path / "m").close()
+    (tmp_path / "m" / "manifest.json").unlink()
+    assert len(make(tmp_path / "m", 3)) == 3
+
+
+def test_what_interrupted_writes_have_left_is_removed(tmp_path: Path) -> None:
+    store = make(tmp_path / "m", 2000)
+    store.build_index("hnsw")
+    store.close()
+    for name in ("index-7.faiss", ".index-8.faiss.saving"):
+        (tmp_path / "m" / name).write_bytes(b"x")
+    Datastore.open(tmp_path / "m", writable=True).close()
+    assert [path.name for path in (tmp_path / "m").glob("*index-*")] == ["index-1.faiss"]
+
+
+def test_an_index_that_was_asked_for_stays_as_entries_are_added(tmp_path: Path) -> None:
+    store = make(tmp_path / "m", 2000)
+    store.build_index("hnsw")
+    assert not store.needs_index()
+    store.add(entries_from(2000, 1000))
+    assert store.needs_index()
+    store.build_index()
+    assert store.manifest.index is not None
+    assert store.manifest.index.kind == "hnsw"
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", "{", '{"format": 1}', "\xff"])
 def test_what_is_no_memory_is_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
     (tmp_path / "m").mkdir()
@@ -224,7 +329,7 @@ def test_a_second_writer_is_refused_and_a_reader_is_not(tmp_path: Path) -> None:
     Datastore.open(tmp_path / "m", writable=True).close()
 
 
-@pytest.mark.parametrize("call", [1, 3, 6, 7])
+@pytest.mark.parametrize("call", [1, 3, 6, 7, 8])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     store, calls, fsync = make(tmp_path / "m", 100), [0], os.fsync
 
@@ -235,14 +340,16 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, call: int, mon
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(DatastoreError, match=r"No space left on device; the 100 before are whole"):
+    there = 150 if call == 8 else 100  # the last call syncs the folder, in which the manifest has been replaced already
+    with pytest.raises(DatastoreError, match=rf"No space left on device; the {there} that it counts are whole"):
         store.add(entries_from(100, 50))
     monkeypatch.undo()
-    assert_finds_the_nearest(store, all_entries(100), queries(), 5)
-    assert len(Datastore.open(tmp_path / "m")) == 100
-    store.add(entries_from(100, 60))
+    counts = (100, 50) if there == 150 else (100,)
+    assert_finds_the_nearest(store, all_entries(*counts), queries(), 5)
+    assert len(Datastore.open(tmp_path / "m")) == there
+    store.add(entries_from(there, 60))
     assert store.damaged() is None
-    assert_finds_the_nearest(Datastore.open(tmp_path / "m"), all_entries(100, 60), queries(), 5)
+    assert_finds_the_nearest(Datastore.open(tmp_path / "m"), all_entries(*counts, 60), queries(), 5)
 
 
 def test_checksums_go_on_over_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ class Column:
     def encode(self, tensor: Tensor) -> bytes:
         """Return rows as they lie in the file."""
         rows = tensor.detach().cpu().to(self.stored).contiguous()
+        if rows.is_floating_point() and not bool(torch.isfinite(rows).all()):
+            kind = str(self.stored).removeprefix("torch.")
+            raise DatastoreError(f"{self.file} cannot hold a number that is not finite in {kind}; try another memory.key_type")
         return (rows.view(torch.int16) if self.stored == torch.bfloat16 else rows).numpy().tobytes()
 
     def decode(self, rows: np.ndarray) -> Tensor:
@@ -87,6 +90,13 @@ class EntryFiles:
         self._maps = self._mapped()
         self._checksums: dict[str, BlockChecksums] = {}  # of all acknowledged rows; made when something is first written
         self._appended: dict[str, BlockChecksums] = {}  # with the rows that are not acknowledged yet
+
+    def remove(self) -> None:
+        """Remove empty files."""
+        for column in self.columns.values():
+            path = self._folder / column.file
+            if path.is_file() and not path.stat().st_size:
+                path.unlink()
 
     def create(self) -> None:
         """Make empty files."""
@@ -134,6 +144,8 @@ class EntryFiles:
             if name not in self._checksums:
                 self._checksums[name] = self._checksums_so_far(name, checksums.get(column.file, []))
             data, end = column.encode(tensors[name]), self._count * column.row_bytes
+            if len(data) != len(entries.values) * column.row_bytes:
+                raise ValueError(f"{name} of another shape than the memory's: {tuple(tensors[name].shape)}")
             with (self._folder / column.file).open("r+b") as file:
                 file.truncate(end)
                 file.seek(end)
@@ -178,15 +190,21 @@ class EntryFiles:
 
     def _mapped(self) -> dict[str, np.memmap]:
         maps = {}
-        for name, column in self.columns.items() if self._count else ():
+        for name, column in self.columns.items():
             path, wanted = self._folder / column.file, self._count * column.row_bytes
             try:
+                if path.is_symlink():
+                    raise DatastoreError(f"{path} is a link; a memory's files lie in its folder")
                 if path.stat().st_size < wanted:
                     raise DatastoreError(
                         f"{path} is cut short: it has {path.stat().st_size:,} bytes of {wanted:,}; put the file back, or "
                         f"build the memory again"
                     )
-                maps[name] = np.memmap(path, dtype=column.bits, mode="r", shape=(self._count, column.width))
+                if self._count:
+                    maps[name] = np.memmap(path, dtype=column.bits, mode="r", shape=(self._count, column.width))
+            except FileNotFoundError:
+                if self._count:
+                    raise DatastoreError(f"{path} cannot be read: it is not there; put it back, or build again") from None
             except OSError as error:
                 raise DatastoreError(f"{path} cannot be read: {reason(error)}") from None
         return maps

@@ -13,6 +13,7 @@ with more candidates.
 Dimensions: `N` keys, `d` hidden size.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -24,14 +25,17 @@ import numpy as np
 
 from mbpa_lm.durable import sync
 from mbpa_lm.errors import DatastoreError, reason
-from mbpa_lm.memory.datastore.manifest import IndexKind, Layout
+from mbpa_lm.memory.datastore.manifest import IndexKind, IndexRecord, Layout
 
 EXACT_UP_TO = 20_000
 """Entries up to which every key is measured."""
 HALF_PRECISION_UP_TO = 4_000_000
 """Entries up to which the index keeps keys in half precision, where no limit says otherwise."""
 TRAINED_ON_PER_CELL = 40
-CODE_BYTES = 64
+CODE_BYTES, LARGEST_PART = 64, 24
+"""Bytes of a code, and most numbers of a key that share one."""
+LEAST_ENTRIES = {"ivf_flat": 2, "hnsw": 2, "ivf_pq": 1000, "cagra": 1000}
+"""Entries from which an index can be trained."""
 REFINED = 4
 """ivf_pq: candidates for each neighbour that is wanted."""
 LINKS = 32
@@ -74,8 +78,10 @@ def train_index(kind: IndexKind, keys_Nd: np.ndarray, cells: int, on_progress: C
     coarse.add(_centroids(keys_Nd, cells, on_progress))
     if kind == "ivf_flat":
         index = faiss.IndexIVFScalarQuantizer(coarse, d, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2, False)
-    else:
+    elif _code_parts(d) * LARGEST_PART >= d:
         index = faiss.IndexIVFPQ(coarse, d, cells, _code_parts(d), 8)
+    else:  # a hidden size that does not divide: a byte a number instead
+        index = faiss.IndexIVFScalarQuantizer(coarse, d, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2, False)
     index.train(keys_Nd)
     return index
 
@@ -109,15 +115,29 @@ def write_index(index: Any, path: Path) -> None:
     except (OSError, RuntimeError) as error:
         raise DatastoreError(f"{path} could not be written: {reason(error)}; free some space and try again") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def read_index(path: Path) -> Any:
-    """Read an index; raises DatastoreError where it cannot be."""
+def read_index(path: Path, record: IndexRecord, hidden_size: int) -> Any:
+    """Read an index; raises DatastoreError where it cannot be, or is not the one that is recorded."""
     try:
-        return faiss.read_index(str(path))
+        if path.is_symlink():
+            raise RuntimeError("it is a link")
+        index = faiss.read_index(str(path))
+        if (index.d, index.ntotal) != (hidden_size, record.entries) or not _is_plain(index, record.kind):
+            raise RuntimeError("it is another index than was recorded")
+        return index
     except RuntimeError as error:
         raise DatastoreError(f"{path} cannot be read: {reason(error)}; make it again with mbpa-memory index") from None
+
+
+def _is_plain(index: Any, kind: IndexKind) -> bool:
+    """Say whether an index is of the kind, and lies in memory and nowhere else."""
+    if kind in ("ivf_flat", "ivf_pq"):
+        lists: Any = faiss.downcast_InvertedLists(index.invlists) if isinstance(index, faiss.IndexIVF) else None  # type: ignore[arg-type]
+        return isinstance(lists, faiss.ArrayInvertedLists)
+    return isinstance(index, faiss.IndexHNSW)
 
 
 def to_gpus(index: Any, gpus: Gpus) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mbpa_lm.durable import file_hash
+from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.datastore import index as indexes
 from mbpa_lm.memory.datastore.entry_files import EntryFiles
 from mbpa_lm.memory.datastore.exact import search_blocks
@@ -23,12 +24,17 @@ OnIndexing = Callable[[str, int, int], None]
 
 def new_index(kind: IndexKind, files: EntryFiles, count: int, path: Path, on_progress: OnIndexing) -> tuple[Any, IndexRecord]:
     """Return an index over the first `count` keys, written to `path`, and its record."""
+    if count < indexes.LEAST_ENTRIES[kind]:
+        raise DatastoreError(f"{count:,} entries are too few for {kind}, which needs {indexes.LEAST_ENTRIES[kind]:,}")
     cells = indexes.choose_cells(count, files.layout.hidden_size, files.memory_limit)
-    index = _train(kind, files, count, cells, on_progress)
+    try:
+        index = _train(kind, files, count, cells, on_progress)
+    except RuntimeError as error:
+        raise DatastoreError(f"the index {kind} could not be trained: {reason(error)}; take another --kind") from None
     while index.ntotal < count:
         index.add(files.keys(index.ntotal, min(index.ntotal + ADDED_AT_ONCE, count)))
         on_progress("indexing", index.ntotal, count)
-    effort, recall = _search_hard_enough(index, kind, files, count, on_progress)
+    effort, recall = _search_hard_enough(index, kind, files, count, cells, on_progress)
     indexes.write_index(index, path)
     search = {"effort": effort, "cells": cells}
     return index, IndexRecord(kind, path.name, count, path.stat().st_size, file_hash(path), search, recall)
@@ -42,7 +48,7 @@ def _train(kind: IndexKind, files: EntryFiles, count: int, cells: int, on_progre
 
 
 def _search_hard_enough(
-    index: Any, kind: IndexKind, files: EntryFiles, count: int, on_progress: OnIndexing
+    index: Any, kind: IndexKind, files: EntryFiles, count: int, cells: int, on_progress: OnIndexing
 ) -> tuple[int, dict[str, float]]:
     """Double the effort until the recall is as wanted; return the effort, and the recall against exact search.
 
@@ -59,7 +65,7 @@ def _search_hard_enough(
         pairs = zip(nearest, found, rows, strict=True)
         hits = sum(len(set(wanted) & set(candidates) - {row}) for wanted, candidates, row in pairs)
         recall = hits / sum(len(set(wanted) - {row}) for wanted, row in zip(nearest, rows, strict=True))
-        if recall >= RECALL_WANTED or effort >= count:
+        if recall >= RECALL_WANTED or effort >= (cells if kind in ("ivf_flat", "ivf_pq") else count):
             on_progress("measuring recall", 1, 1)
             return effort, {"at": at, "recall": recall, "queries": len(rows)}
         effort *= 2

@@ -1,5 +1,6 @@
 """What is done to whole datastores: several copied into one, and one copied into a safetensors file. In bounded memory."""
 
+import contextlib
 import json
 import os
 import struct
@@ -28,6 +29,13 @@ def check_alike(stores: Sequence[Datastore]) -> None:
                     f"{first.folder} and {other.folder} cannot be one memory: {name} is {str(getattr(one, name))[:12]} in the "
                     f"first and {str(getattr(two, name))[:12]} in the other"
                 )
+
+
+def check_whole(store: Datastore) -> None:
+    """Raise DatastoreError where a text is half read: nobody could go on with it in a copy."""
+    sources = store.manifest.sources
+    if sources and len(store) < sources[-1].first_entry + sources[-1].entries:
+        raise DatastoreError(f"{store.folder} holds only a part of {sources[-1].name}; finish that build first")
 
 
 def append_store(target: Datastore, source: Datastore, on_progress: Callable[[int], None]) -> None:
@@ -62,6 +70,10 @@ def export(store: Datastore, path: Path, on_progress: Callable[[int], None]) -> 
         offset += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
+    if not path.name or path.is_dir():
+        raise DatastoreError(f"{path} is no file; name one that ends in .safetensors")
+    if path.resolve().parent == store.folder.resolve():
+        raise DatastoreError(f"{path} lies in the memory itself; name a file somewhere else")
     temporary = path.with_name(f".{path.name}.saving")
     try:
         with temporary.open("wb") as file:
@@ -75,4 +87,5 @@ def export(store: Datastore, path: Path, on_progress: Callable[[int], None]) -> 
     except OSError as error:
         raise DatastoreError(f"{path} could not be written: {reason(error)}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -9,13 +9,15 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mbpa_lm.durable import replace_json
 from mbpa_lm.errors import DatastoreError, reason
 
 FORMAT = 1
 FILE = "manifest.json"
+MOST_NUMBERS, MOST_ENTRIES = 1 << 16, 1 << 48
+"""Of a key, and of a memory: what is larger is no memory."""
 KeyType = Literal["float16", "bfloat16", "float32"]
 IndexKind = Literal["flat", "ivf_flat", "ivf_pq", "hnsw", "cagra"]
 
@@ -48,6 +50,7 @@ class IndexRecord:
     sha256: str
     search: dict[str, int]  # effort: cells that a query looks into, or candidates kept in a graph; cells: of how many
     recall: dict[str, float]  # measured against exact search: at, recall, queries
+    by_hand: bool = False  # whether the kind was asked for, and is to stay
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,12 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest; raises DatastoreError where there is none, or a damaged one."""
     path = folder / FILE
     try:
+        if path.is_symlink():
+            raise ValueError("it is a link")
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DatastoreError(f"{folder} holds no memory; make one with mbpa-memory build --output {folder}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DatastoreError(f"{path} cannot be read ({reason(error)}); put it back, or build the memory again") from None
     try:
         if values["format"] != FORMAT:
@@ -106,7 +111,7 @@ def check_identity(folder: Path, found: Identity, wanted: Identity) -> None:
         if one != other:
             raise DatastoreError(
                 f"the memory in {folder} was written with {what} {one[:12]}, this {what} is {other[:12]}; "
-                f"build it again with mbpa-memory build"
+                f"build another one, in another folder, with mbpa-memory build"
             )
 
 
@@ -119,12 +124,35 @@ def _parse(values: dict[str, Any]) -> Manifest:
     manifest = Manifest(
         Identity(**values["identity"]),
         Layout(**values["layout"]),
-        int(values["entries"]),
-        int(values["documents"]),
+        values["entries"],
+        values["documents"],
         {str(name): [str(digest) for digest in digests] for name, digests in values["checksums"].items()},
         None if index is None else IndexRecord(**index),
         tuple(Source(**source) for source in values["sources"]),
     )
-    if manifest.index is not None and not re.fullmatch(r"index-\d+\.faiss", manifest.index.file):
-        raise ValueError(f"its index is {manifest.index.file!r}")
+    identity, layout, record = manifest.identity, manifest.layout, manifest.index
+    _require(isinstance(identity.model, str) and isinstance(identity.tokenizer, str), "identity")
+    _require(layout.key_type in get_args(KeyType), "key_type")
+    _require(_is_count(layout.hidden_size, MOST_NUMBERS) and layout.hidden_size > 0, "hidden_size")
+    _require(_is_count(layout.likely_words, MOST_NUMBERS), "likely_words")
+    _require(_is_count(manifest.entries) and _is_count(manifest.documents), "entries")
+    for source in manifest.sources:
+        _require(isinstance(source.name, str) and isinstance(source.fingerprint, str), "sources")
+        _require(all(map(_is_count, (source.first_entry, source.first_document, source.entries))), "sources")
+    if record is not None:
+        _require(re.fullmatch(r"index-\d{1,9}\.faiss", str(record.file)) is not None, "index file")
+        _require(record.kind in get_args(IndexKind) and record.kind != "flat", "index kind")
+        _require(_is_count(record.entries, manifest.entries) and record.entries > 0, "index entries")
+        effort = record.search["effort"]
+        _require(_is_count(effort, max(record.entries, record.search["cells"], 64)) and effort > 0, "index effort")
+        _require(all(isinstance(record.recall[name], int | float) for name in ("at", "recall")), "index recall")
     return manifest
+
+
+def _is_count(value: object, most: int = MOST_ENTRIES) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"its {what} is impossible")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbpa_lm.durable import file_hash, take_lock
+from mbpa_lm.durable import file_hash, hold, replace_json, sync
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.datastore import index as indexes
@@ -29,6 +29,7 @@ from mbpa_lm.memory.datastore.entry_files import EntryFiles
 from mbpa_lm.memory.datastore.exact import search_blocks
 from mbpa_lm.memory.datastore.indexing import OnIndexing, new_index
 from mbpa_lm.memory.datastore.manifest import (
+    FILE,
     Identity,
     IndexKind,
     Layout,
@@ -68,10 +69,14 @@ class Datastore:
         """Make an empty one that can be written; raises DatastoreError where the folder holds something already."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
+            sync(folder.parent)
+            files = EntryFiles(folder, layout, 0)
+            if not (folder / FILE).exists():
+                files.remove()  # what a creation that was interrupted has left
+            if {path.name for path in folder.iterdir()} - {LOCK, UNCHANGED}:
                 raise DatastoreError(f"{folder} is not empty; name another folder, or add to the memory with mbpa-memory add")
             manifest = Manifest(identity, layout)
-            EntryFiles(folder, layout, 0).create()
+            files.create()
             write_manifest(folder, manifest)
         except OSError as error:
             raise DatastoreError(f"{folder} cannot be written: {reason(error)}") from None
@@ -97,15 +102,22 @@ class Datastore:
         manifest = read_manifest(folder)
         if identity is not None:
             check_identity(folder, manifest.identity, identity)
-        if not writable:
-            return cls(folder, manifest, memory_limit, gpus, None, trusted)
+        while not writable:
+            try:
+                return cls(folder, manifest, memory_limit, gpus, None, trusted)
+            except DatastoreError:
+                now = read_manifest(folder)
+                if now == manifest:
+                    raise
+                manifest = now  # another process has changed it since
+        lock = hold(folder / LOCK, folder)
         try:
-            lock = take_lock(folder / LOCK)
-        except OSError as error:
-            raise DatastoreError(f"{folder} cannot be written: {reason(error)}") from None
-        if lock is None:
-            raise DatastoreError(f"{folder} is being written by another process; wait until it is done")
-        return cls(folder, read_manifest(folder), memory_limit, gpus, lock, trusted)
+            store = cls(folder, read_manifest(folder), memory_limit, gpus, lock, trusted)
+            store._remove_leftovers()
+            return store
+        except BaseException:
+            os.close(lock)
+            raise
 
     def __len__(self) -> int:
         return self.manifest.entries
@@ -134,6 +146,7 @@ class Datastore:
         are to be written with them. Raises DatastoreError where they cannot be written: then none of them is there.
         """
         count = len(entries.values)
+        self._require_lock()
         if not count:
             return
         documents_N = torch.zeros(count, dtype=torch.int64) if documents_N is None else documents_N
@@ -148,11 +161,11 @@ class Datastore:
             )
             write_manifest(self.folder, manifest)
         except OSError as error:
+            self._adopt(read_manifest(self.folder))  # it may have been replaced, and only not be known to be on disk
             raise DatastoreError(
-                f"entries could not be added to {self.folder}: {reason(error)}; the {len(self):,} before are whole"
+                f"entries could not be added to {self.folder}: {reason(error)}; the {len(self):,} that it counts are whole"
             ) from None
-        self.manifest = manifest
-        self._files.acknowledge(manifest.entries)
+        self._adopt(manifest)
         self._note_unchanged()
 
     def search(self, queries_Cd: Tensor, count: int) -> Neighbours:
@@ -164,7 +177,7 @@ class Datastore:
         """Say whether there is another index than asked for (None: than the size asks for), or one of far fewer entries."""
         record = self.manifest.index
         if record is None:
-            return (kind or self._suitable_index()) != "flat"
+            return len(self) > 1 and (kind or self._suitable_index()) != "flat"
         return record.kind != (kind or self._suitable_index()) or record.entries < INDEXED_SHARE * len(self)
 
     def build_index(self, kind: IndexKind | None = None, on_progress: OnIndexing = lambda what, done, total: None) -> None:
@@ -172,19 +185,20 @@ class Datastore:
 
         Args: kind, None for the one that the size asks for; on_progress is told what is done, how far, of how much.
         """
+        self._require_lock()
         chosen = kind or self._suitable_index()
         record, index = None, None
-        if chosen != "flat" and len(self):
+        if chosen != "flat" and len(self) > 1:
             index, record = new_index(chosen, self._files, len(self), self._next_index_file(), on_progress)
-        old = self.manifest.index
-        self.manifest = replace(self.manifest, index=record)
+            record = replace(record, by_hand=kind is not None)
+        manifest = replace(self.manifest, index=record)
         try:
-            write_manifest(self.folder, self.manifest)
+            write_manifest(self.folder, manifest)
         except OSError as error:
             raise DatastoreError(f"the index of {self.folder} could not be recorded: {reason(error)}") from None
-        if old is not None and (record is None or old.file != record.file):
-            (self.folder / old.file).unlink(missing_ok=True)
+        self.manifest = manifest
         self._index = None if index is None else indexes.to_gpus(index, self._gpus)
+        self._remove_leftovers()
         self._note_unchanged()
 
     def damaged(self, on_progress: OnProgress = lambda size: None) -> str | None:
@@ -214,7 +228,8 @@ class Datastore:
         if self._index is not None:
             assert self.manifest.index is not None
             indexed = self.manifest.index.entries
-            found.append(self._index.search(queries, indexes.candidates(self.manifest.index.kind, count))[1])
+            rows = self._index.search(queries, indexes.candidates(self.manifest.index.kind, count))[1]
+            found.append(np.where(rows < indexed, rows, -1))
         if indexed < len(self):
             found.append(search_blocks(self._keys, indexed, len(self), queries, count + 8)[1])
         return np.concatenate(found, axis=1) if found else np.full((len(queries), count), -1)
@@ -228,7 +243,27 @@ class Datastore:
         return self._last_keys[1]
 
     def _suitable_index(self) -> IndexKind:
+        if self.manifest.index is not None and self.manifest.index.by_hand:
+            return self.manifest.index.kind
         return indexes.choose_kind(len(self), self.manifest.layout, self._memory_limit)
+
+    def _require_lock(self) -> None:
+        if self._lock is None:
+            raise DatastoreError(f"{self.folder} was opened to be read; open it to be written")
+
+    def _adopt(self, manifest: Manifest) -> None:
+        """Show what a manifest on disk counts."""
+        if manifest.entries != len(self):
+            self._files.acknowledge(manifest.entries)
+        self.manifest = manifest
+
+    def _remove_leftovers(self) -> None:
+        """Remove what interrupted writes have left."""
+        record = self.manifest.index
+        for path in [*self.folder.glob("index-*.faiss"), *self.folder.glob(".*.saving")]:
+            if record is None or path.name != record.file:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _next_index_file(self) -> Path:
         """Return a path that no record names: an index is never written over the one in use."""
@@ -239,7 +274,7 @@ class Datastore:
     def _load_index(self) -> None:
         record = self.manifest.index
         if record is not None:
-            index = indexes.read_index(self.folder / record.file)
+            index = indexes.read_index(self.folder / record.file, record, self.manifest.layout.hidden_size)
             indexes.set_effort(index, record.kind, record.search["effort"])
             self._index = indexes.to_gpus(index, self._gpus)
 
@@ -263,11 +298,11 @@ class Datastore:
 
     def _note_unchanged(self) -> None:
         with contextlib.suppress(OSError):  # a folder that cannot be written is read again each time
-            (self.folder / UNCHANGED).write_text(json.dumps(self._stamps()))
+            replace_json(self.folder / UNCHANGED, self._stamps())
 
     def _stamps(self) -> dict[str, list[int]]:
         record = self.manifest.index
-        names = [column.file for column in self._files.columns.values()] + ([] if record is None else [record.file])
+        names = [FILE, *(column.file for column in self._files.columns.values()), *([] if record is None else [record.file])]
         stamps = {}
         for name in names:
             path = self.folder / name
