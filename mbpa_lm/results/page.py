@@ -110,6 +110,7 @@ def _published(runs: Sequence[Run]) -> str:
             and not run.metrics["config"]["evaluation"]["max_tokens"]
         ):
             ours[run.settings].setdefault(run.metrics["config"]["data"]["corpus"], run)
+    seen: list[list[str]] = []
     for settings, by_corpus in ours.items():
         for expert, what in (
             ("base", "our LSTM"),
@@ -121,7 +122,8 @@ def _published(runs: Sequence[Run]) -> str:
             for corpus in ("ptb", "wikitext-2"):
                 found = by_corpus[corpus].experts.get(expert) if corpus in by_corpus else None
                 cells.append(f"{found['perplexity']:.1f}" if found else "")
-            if any(cells):
+            if any(cells) and [what, *cells] not in seen:
+                seen.append([what, *cells])
                 rows.append([f"{what} ({settings})", *cells, "this page"])
     return _table(["test perplexity", "Penn Treebank", "WikiText-2", "source"], rows)
 
