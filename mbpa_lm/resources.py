@@ -121,7 +121,8 @@ def fill_in_scales(config: Config, checkpoint: Checkpoint) -> Config:
     def gradient_size() -> float:
         return float(_measured_scale(config, checkpoint).weight_Vd.mean())
 
-    return fill_in(config, cache(partial(mean_squared_norm, checkpoint.folder, checkpoint.model, tokens)), gradient_size)
+    norm = cache(partial(mean_squared_norm, checkpoint.folder, checkpoint.model, tokens))
+    return fill_in(config, checkpoint.model.vocabulary_size, norm, gradient_size)
 
 
 def _measured_scale(config: Config, checkpoint: Checkpoint) -> GradientScale:

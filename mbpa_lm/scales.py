@@ -25,12 +25,14 @@ FILE = "hidden_states.json"
 TOKENS = 2048
 ALPHA, THETA, TEMPERATURE = 2.0, 12.8, 0.25
 PERSISTENT_STEP, DYNAMIC_STEP = 146.0, 97.0
-"""rate / (smoothing * s) times the mean squared norm."""
+"""rate / (smoothing * s) times the mean squared norm, where most words are rare."""
+MANY_WORDS = 10_000
+"""Size of the vocabulary from which most words are rare; with fewer, each is met more often, and steps are as much shorter."""
 SHARE = 0.1
 """Of a cache where it predicts alone."""
 
 
-def fill_in(config: Config, norm: Callable[[], float], gradient_size: Callable[[], float]) -> Config:
+def fill_in(config: Config, vocabulary_size: int, norm: Callable[[], float], gradient_size: Callable[[], float]) -> Config:
     """Return the configuration with a number for everything that it leaves open and an expert to be run needs.
 
     Args: norm and gradient_size measure the mean squared norm of hidden states and s where they are needed.
@@ -38,10 +40,11 @@ def fill_in(config: Config, norm: Callable[[], float], gradient_size: Callable[[
     wanted, adaptation, persistent = set(config.evaluation.experts), config.adaptation, config.persistent
     cache, knn, dynamic = config.cache, config.knn, config.dynamic
     cache = replace(cache, weights=[SHARE] * len(cache.windows) if cache.weights is None else cache.weights)
+    rare = min(1.0, vocabulary_size / MANY_WORDS)
     if wanted & {"mbpa", "mbpa+persistent"} and adaptation.alpha is None:
         adaptation = replace(adaptation, alpha=ALPHA / norm())
     if wanted & {"persistent", "mbpa+persistent"} and persistent.rate is None:
-        rate = PERSISTENT_STEP * persistent.smoothing * gradient_size() / norm()
+        rate = PERSISTENT_STEP * rare * persistent.smoothing * gradient_size() / norm()
         persistent = replace(persistent, rate=rate)
     if "cache" in wanted and cache.thetas is None:
         cache = replace(cache, thetas=[THETA / norm()] * len(cache.windows))
@@ -49,7 +52,7 @@ def fill_in(config: Config, norm: Callable[[], float], gradient_size: Callable[[
         knn = replace(knn, temperature=TEMPERATURE * norm())
     if "dynamic" in wanted and dynamic.rate is None:
         unit = dynamic.smoothing * gradient_size() if dynamic.optimizer == "rms" else 1.0
-        dynamic = replace(dynamic, rate=DYNAMIC_STEP * unit / norm())
+        dynamic = replace(dynamic, rate=DYNAMIC_STEP * rare * unit / norm())
     return replace(config, adaptation=adaptation, persistent=persistent, cache=cache, knn=knn, dynamic=dynamic)
 
 

@@ -85,7 +85,7 @@ def test_weights_of_one_s_own(options: Options, trained_run: Path, tmp_path: Pat
     few = ("--experts", "base,cache", "--mixture.weights", "{base: 0.75, cache-100: 0.25}")
     experts = evaluate(options, trained_run, tmp_path / "a", *few)["experts"]
     assert "equal weights" not in experts
-    quarter = ("--experts", "base,cache", "--cache.windows", "[100]", "--cache.thetas", "[0.3]", "--cache.weights", "[0.25]")
+    quarter = ("--experts", "base,cache", "--cache.windows", "[100]", "--cache.weights", "[0.25]")
     alone = evaluate(options, trained_run, tmp_path / "b", *quarter)["experts"]["cache-100"]
     assert experts["fixed weights"]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
     for wrong, message in (("{base: 0.5, cache-7: 0.5}", "did you mean cache-"), ("{base: 0.5}", "sum to 1")):

@@ -88,7 +88,7 @@ def test_the_memory_lowers_it_and_solvers_agree(
 ) -> None:
     model, stream = trained[0], ptb_test.first(4001)
     layer = model.output_layer()
-    experts = [BaseModelExpert(), MbpaExpert(layer, AdaptationConfig(), 32)]
+    experts = [BaseModelExpert(), MbpaExpert(layer, AdaptationConfig(alpha=0.05), 32)]
     scores = score_stream(model, stream.tokens, experts, make_memory(model, 5000), 100)
     base, adapted = (losses.mean(dtype=np.float64) for losses in scores.losses.values())
     assert adapted < base - 0.01

@@ -59,7 +59,7 @@ def losses(factor: float) -> dict[str, np.ndarray]:
     # A bias has a length of its own, and so has what the kernel adds to distances: both are left out.
     adaptation = AdaptationConfig(bias=False, epsilon=1e-12)
     config = Config(evaluation=EvaluationConfig(experts=["base", *OPEN]), adaptation=adaptation)
-    config = fill_in(config, lambda: measure_norm(model, TOKENS), lambda: float(scale.weight_Vd.mean()))
+    config = fill_in(config, 30, lambda: measure_norm(model, TOKENS), lambda: float(scale.weight_Vd.mean()))
 
     def store() -> EntryStore:
         return ListedStore(hidden_states[:50], read[1:51])
@@ -91,10 +91,10 @@ def refuse() -> float:
 
 def test_what_is_given_stays_and_nothing_is_measured_for_it() -> None:
     config = Config(evaluation=EvaluationConfig(experts=["base"]))
-    assert fill_in(config, refuse, refuse).adaptation.alpha is None
+    assert fill_in(config, 30, refuse, refuse).adaptation.alpha is None
     given = ["--adaptation.alpha", "0.3", "--cache.thetas", "[0.1,0.2,0.3]", "--persistent.rate", "0.01"]
     parsed = commands.parse(commands.make_parser("evaluate.py", ""), given)[0]
-    filled = fill_in(parsed, refuse, refuse)
+    filled = fill_in(parsed, 30, refuse, refuse)
     assert (filled.adaptation.alpha, filled.cache.thetas, filled.persistent.rate) == (0.3, [0.1, 0.2, 0.3], 0.01)
     assert filled.cache.weights == [0.1, 0.1, 0.1]
 

@@ -134,7 +134,7 @@ class PersistentConfig:
     rate: float | None = None
     """Size of a step: a gradient as large as it was in training on average moves a parameter by rate / (1 + smoothing). Empty:
     146 times smoothing, times the mean size of the layer's gradients in training, over the mean squared norm of the hidden
-    states."""
+    states; with a vocabulary of fewer than 10,000 as much less."""
     decay: float = 3e-3
     """Share of the way back to the trained weights that a step takes, for a parameter of average gradients in training."""
     smoothing: float = 3.0

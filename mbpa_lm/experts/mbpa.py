@@ -106,7 +106,7 @@ def make_problem(trained: OutputLayer, chunk: Chunk, neighbours: Neighbours, wei
 def make_rule(config: AdaptationConfig) -> AdaptationRule:
     """Return the configured steps."""
     schedule = None if config.schedule is None else tuple(config.schedule)
-    alpha = known("adaptation.alpha", config.alpha)
+    alpha = known("adaptation.alpha", config.alpha) if config.steps else 0.0
     return AdaptationRule(config.steps, alpha, config.beta, config.optimizer, config.momentum, config.bias, schedule)
 
 
