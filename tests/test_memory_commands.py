@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory_commands import memory
 
 Options = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def trained_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the trained run: the training text is remembered in a checkpoint's folder."""
+    return Path(shutil.copytree(trained_run, tmp_path_factory.mktemp("runs") / "trained"))
 
 
 @pytest.fixture(scope="module")
