@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,17 @@ def write_json(path: Path, values: Any) -> None:
 
 def replace_json(path: Path, values: Any) -> None:
     """Write a JSON file whole or not at all; raises OSError where it cannot."""
+    with replacing(path) as temporary:
+        write_json(temporary, values)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which takes the place of `path` once it is on disk; what was there stays where that fails."""
     temporary = path.with_name(f".{path.name}.saving")
     try:
         temporary.unlink(missing_ok=True)  # it might be a link
-        write_json(temporary, values)
+        yield temporary
         sync(temporary)
         os.replace(temporary, path)
     finally:

@@ -90,7 +90,7 @@ def show_memory(folder: Path) -> None:
 
 def verify_memory(folder: Path) -> None:
     """Read everything; raises DatastoreError naming the file and the entries that are not what was written."""
-    store = Datastore.open(folder, trusted=True)
+    store = Datastore.open(folder, unchecked=True)
     with ProgressBar("verifying", None, "bytes") as progress:
         done = 0
 

@@ -92,20 +92,23 @@ def _remote_memory(
     store = closing.enter_context(RemoteStore(settings, identity_of(checkpoint), layout))
     if len(store):
         console.print(f"{settings.place} holds {len(store):,} entries: they count as read before the stream")
-    surprise = config.memory.surprise if config.memory.write == "surprising" else 0.0
-    return closing.enter_context(RemoteMemory(store, surprise, metric))
+    return closing.enter_context(RemoteMemory(store, _surprise(config), metric))
 
 
 def make_stream_memory(config: Config, model: LanguageModel, likely_words: int, metric: Tensor | None = None) -> Memory:
     """Return an empty memory of the stream alone."""
     memory, weight = config.memory, model.output_layer().weight
     shape = (memory.size, model.hidden_size, likely_words, weight.dtype, weight.device)
-    surprise = memory.surprise if memory.write == "surprising" else 0.0
+    surprise = _surprise(config)
     if memory.write == "reservoir":
         return SlotMemory(*shape, "reservoir", metric, surprise, config.run.seed)
     if memory.eviction == "least_retrieved":
         return SlotMemory(*shape, "least_retrieved", metric, surprise)
     return WindowMemory(*shape, metric, surprise)
+
+
+def _surprise(config: Config) -> float:
+    return config.memory.surprise if config.memory.write == "surprising" else 0.0
 
 
 def make_history(experts: Sequence[Expert], model: LanguageModel) -> StreamHistory | None:

@@ -22,13 +22,13 @@ def known(key: str, value: Value | None) -> Value:
 def require_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(f"{section}.{name}", value, value > 0, "greater than 0")
+        require(f"{section}.{name}", value, value is None or value > 0, "greater than 0")
 
 
 def require_not_negative(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(f"{section}.{name}", value, value >= 0, "0 or more")
+        require(f"{section}.{name}", value, value is None or value >= 0, "0 or more")
 
 
 def require_probability(section: str, config: Any, *names: str) -> None:

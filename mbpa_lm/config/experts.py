@@ -110,8 +110,7 @@ class AdaptationConfig:
 
     def __post_init__(self) -> None:
         require("adaptation.weight", self.weight, 0 < self.weight <= 1, "greater than 0 and at most 1")
-        require_not_negative("adaptation", self, "steps", "beta", "moved_words")
-        require_not_negative("adaptation", self, *(["alpha"] if self.alpha is not None else []))
+        require_not_negative("adaptation", self, "steps", "alpha", "beta", "moved_words")
         require_positive("adaptation", self, "tolerance", "candidates", "reach")
         require_probability("adaptation", self, "momentum")
         if self.schedule is not None:
@@ -144,7 +143,7 @@ class PersistentConfig:
 
     def __post_init__(self) -> None:
         require_positive("persistent", self, "interval", "smoothing", "statistics_tokens")
-        require_not_negative("persistent", self, "decay", *(["rate"] if self.rate is not None else []))
+        require_not_negative("persistent", self, "rate", "decay")
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class KnnConfig:
     """First training tokens that are stored, once a checkpoint; 0: all. They are kept with it."""
 
     def __post_init__(self) -> None:
-        require_positive("knn", self, "neighbours", *(["temperature"] if self.temperature is not None else []))
+        require_positive("knn", self, "neighbours", "temperature")
         require_not_negative("knn", self, "entries")
         require("knn.weight", self.weight, 0 < self.weight < 1, "between 0 and 1")
 
@@ -213,7 +212,7 @@ class DynamicConfig:
 
     def __post_init__(self) -> None:
         require_positive("dynamic", self, "interval", "smoothing", "statistics_tokens")
-        require_not_negative("dynamic", self, "decay", *(["rate"] if self.rate is not None else []))
+        require_not_negative("dynamic", self, "rate", "decay")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class EntryTensors:
         keys_Cd = keys_Cd.to(self.searched_Nd.dtype)
         return keys_Cd if self._scale_d is None else keys_Cd * self._scale_d
 
-    def write(self, rows: slice | int, entries: Entries) -> None:
+    def write(self, rows: slice, entries: Entries) -> None:
         """Put entries into rows."""
         for stored, new in zip(self._stored.tensors(), entries.tensors(), strict=True):
             stored[rows] = new

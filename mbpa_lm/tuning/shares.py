@@ -44,7 +44,8 @@ def tune_caches(validation: Validation) -> dict[str, Choice]:
     """Return the best theta and share of each configured cache, by its name."""
     cache = validation.config.cache
     configured_thetas, weights = known("cache.thetas", cache.thetas), known("cache.weights", cache.weights)
-    thetas = [theta / _mean_squared_norm(validation) for theta in THETAS]
+    norm = _mean_squared_norm(validation)
+    thetas = [theta / norm for theta in THETAS]
     rows: dict[str, list[CacheExpert]] = {}
     for window, configured, weight in zip(cache.windows, configured_thetas, weights, strict=True):
         candidates = [CacheExpert(window, theta, weight) for theta in [configured, *thetas]]
@@ -58,7 +59,8 @@ def tune_knn(validation: Validation, store: EntryStore) -> Choice:
     """Return the best temperature and share of kNN-LM."""
     knn = validation.config.knn
     configured = known("knn.temperature", knn.temperature)
-    temperatures = [configured, *(temperature * _mean_squared_norm(validation) for temperature in TEMPERATURES)]
+    norm = _mean_squared_norm(validation)
+    temperatures = [configured, *(temperature * norm for temperature in TEMPERATURES)]
     shared = _AskedOnce(store)
     candidates = [KnnExpert(shared, knn.neighbours, temperature, knn.weight, knn.grows) for temperature in temperatures]
     return _best(validation.score("tuning knn", _named(candidates)), candidates, temperatures)

@@ -13,9 +13,7 @@ with more candidates.
 Dimensions: `N` keys, `d` hidden size.
 """
 
-import contextlib
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +21,10 @@ from typing import Any, Literal
 import faiss
 import numpy as np
 
-from mbpa_lm.durable import sync
+from mbpa_lm.durable import replacing
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.datastore.manifest import IndexKind, IndexRecord, Layout
+from mbpa_lm.memory.nearest_plain import SPARE_CANDIDATES
 
 EXACT_UP_TO = 20_000
 """Entries up to which every key is measured."""
@@ -39,6 +38,7 @@ LEAST_ENTRIES = {"ivf_flat": 2, "hnsw": 2, "ivf_pq": 1000, "cagra": 1000}
 REFINED = 4
 """ivf_pq: candidates for each neighbour that is wanted."""
 LINKS = 32
+WITH_CELLS = ("ivf_flat", "ivf_pq")
 CLUSTERING_STEPS = 10
 Gpus = Literal["none", "replicate", "shard"]
 
@@ -88,7 +88,7 @@ def train_index(kind: IndexKind, keys_Nd: np.ndarray, cells: int, on_progress: C
 
 def set_effort(index: Any, kind: IndexKind, effort: int) -> None:
     """Say how hard an index searches: cells that are looked into, or candidates that are kept in a graph."""
-    if kind in ("ivf_flat", "ivf_pq"):
+    if kind in WITH_CELLS:
         faiss.ParameterSpace().set_index_parameter(index, "nprobe", effort)
     else:
         index.hnsw.efSearch = effort
@@ -96,27 +96,26 @@ def set_effort(index: Any, kind: IndexKind, effort: int) -> None:
 
 def first_effort(kind: IndexKind) -> int:
     """Return the least effort that is tried."""
-    return 8 if kind in ("ivf_flat", "ivf_pq") else 64
+    return 8 if kind in WITH_CELLS else 64
+
+
+def most_effort(kind: IndexKind, cells: int, entries: int) -> int:
+    """Return the effort beyond which an index finds nothing more."""
+    return cells if kind in WITH_CELLS else entries
 
 
 def candidates(kind: IndexKind, wanted: int) -> int:
     """Return how many keys an index is to propose for so many neighbours."""
-    return REFINED * wanted if kind == "ivf_pq" else wanted + 8
+    return REFINED * wanted if kind == "ivf_pq" else wanted + SPARE_CANDIDATES
 
 
 def write_index(index: Any, path: Path) -> None:
     """Write an index whole or not at all; raises DatastoreError where it cannot be."""
-    temporary = path.with_name(f".{path.name}.saving")
     try:
-        faiss.write_index(index, str(temporary))
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with replacing(path) as temporary:
+            faiss.write_index(index, str(temporary))
     except (OSError, RuntimeError) as error:
         raise DatastoreError(f"{path} could not be written: {reason(error)}; free some space and try again") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def read_index(path: Path, record: IndexRecord, hidden_size: int) -> Any:
@@ -134,7 +133,7 @@ def read_index(path: Path, record: IndexRecord, hidden_size: int) -> Any:
 
 def _is_plain(index: Any, kind: IndexKind) -> bool:
     """Say whether an index is of the kind, and lies in memory and nowhere else."""
-    if kind in ("ivf_flat", "ivf_pq"):
+    if kind in WITH_CELLS:
         lists: Any = faiss.downcast_InvertedLists(index.invlists) if isinstance(index, faiss.IndexIVF) else None  # type: ignore[arg-type]
         return isinstance(lists, faiss.ArrayInvertedLists)
     return isinstance(index, faiss.IndexHNSW)

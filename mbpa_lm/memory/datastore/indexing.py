@@ -65,7 +65,7 @@ def _search_hard_enough(
         pairs = zip(nearest, found, rows, strict=True)
         hits = sum(len(set(wanted) & set(candidates) - {row}) for wanted, candidates, row in pairs)
         recall = hits / sum(len(set(wanted) - {row}) for wanted, row in zip(nearest, rows, strict=True))
-        if recall >= RECALL_WANTED or effort >= (cells if kind in ("ivf_flat", "ivf_pq") else count):
+        if recall >= RECALL_WANTED or effort >= indexes.most_effort(kind, cells, count):
             on_progress("measuring recall", 1, 1)
             return effort, {"at": at, "recall": recall, "queries": len(rows)}
         effort *= 2

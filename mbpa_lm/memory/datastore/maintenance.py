@@ -1,14 +1,12 @@
 """What is done to whole datastores: several copied into one, and one copied into a safetensors file. In bounded memory."""
 
-import contextlib
 import json
-import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mbpa_lm.durable import sync
+from mbpa_lm.durable import replacing
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.datastore.entry_files import columns
 from mbpa_lm.memory.datastore.store import Datastore
@@ -74,18 +72,12 @@ def export(store: Datastore, path: Path, on_progress: Callable[[int], None]) -> 
         raise DatastoreError(f"{path} is no file; name one that ends in .safetensors")
     if path.resolve().parent == store.folder.resolve():
         raise DatastoreError(f"{path} lies in the memory itself; name a file somewhere else")
-    temporary = path.with_name(f".{path.name}.saving")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(encoded)) + encoded)
             for number, (name, column) in enumerate(of_layout.items()):
                 for begin in range(0, count, COPIED_AT_ONCE):
                     file.write(column.encode(store.column_between(name, begin, min(begin + COPIED_AT_ONCE, count))))
                     on_progress((number * count + min(begin + COPIED_AT_ONCE, count)) // len(of_layout))
-        sync(temporary)
-        os.replace(temporary, path)
     except OSError as error:
         raise DatastoreError(f"{path} could not be written: {reason(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

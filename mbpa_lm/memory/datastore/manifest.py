@@ -104,14 +104,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise DatastoreError(f"{path} is damaged ({reason(error)}); put it back, or build the memory again") from None
 
 
-def check_identity(folder: Path, found: Identity, wanted: Identity) -> None:
+def check_identity(
+    place: object,
+    found: Identity,
+    wanted: Identity,
+    advice: str = "build another one, in another folder, with mbpa-memory build",
+) -> None:
     """Refuse a memory of another model or tokenizer, showing both fingerprints."""
     for what in ("model", "tokenizer"):
         one, other = getattr(found, what), getattr(wanted, what)
         if one != other:
             raise DatastoreError(
-                f"the memory in {folder} was written with {what} {one[:12]}, this {what} is {other[:12]}; "
-                f"build another one, in another folder, with mbpa-memory build"
+                f"the memory in {place} was written with {what} {one[:12]}, this {what} is {other[:12]}; {advice}"
             )
 
 

@@ -40,6 +40,7 @@ from mbpa_lm.memory.datastore.manifest import (
     write_manifest,
 )
 from mbpa_lm.memory.datastore.measuring import nearest_entries, read_entries
+from mbpa_lm.memory.nearest_plain import SPARE_CANDIDATES
 
 INDEXED_SHARE = 0.9
 """Share of the entries below which an index is to be made again: the others are searched one by one."""
@@ -51,7 +52,7 @@ class Datastore:
     """Entries on disk, searched through an index and, where that does not reach, exactly."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, memory_limit: int, gpus: indexes.Gpus, lock: int | None, trusted: bool
+        self, folder: Path, manifest: Manifest, memory_limit: int, gpus: indexes.Gpus, lock: int | None, unchecked: bool
     ) -> None:
         """Use `open` or `create`."""
         self.folder = folder
@@ -60,7 +61,7 @@ class Datastore:
         self._files = EntryFiles(folder, manifest.layout, manifest.entries, memory_limit)
         self._index: Any = None
         self._last_keys: tuple[tuple[int, int], np.ndarray] | None = None
-        if not trusted:
+        if not unchecked:
             self._check_unchanged()
             self._load_index()
 
@@ -90,12 +91,12 @@ class Datastore:
         memory_limit: int = 0,
         writable: bool = False,
         gpus: indexes.Gpus = "none",
-        trusted: bool = False,
+        unchecked: bool = False,
     ) -> "Datastore":
         """Open an existing one.
 
         Args: identity of the model that will search it, which must be the one that wrote it; memory_limit: resident bytes that
-        the process is to stay under, 0 for none; gpus: where the index is searched; trusted: only to be verified, nothing is
+        the process is to stay under, 0 for none; gpus: where the index is searched; unchecked: only to be verified, nothing is
         read now. Raises DatastoreError where it is missing, damaged, of another model, or, to be written, held by another
         process.
         """
@@ -104,7 +105,7 @@ class Datastore:
             check_identity(folder, manifest.identity, identity)
         while not writable:
             try:
-                return cls(folder, manifest, memory_limit, gpus, None, trusted)
+                return cls(folder, manifest, memory_limit, gpus, None, unchecked)
             except DatastoreError:
                 now = read_manifest(folder)
                 if now == manifest:
@@ -112,7 +113,7 @@ class Datastore:
                 manifest = now  # another process has changed it since
         lock = hold(folder / LOCK, folder)
         try:
-            store = cls(folder, read_manifest(folder), memory_limit, gpus, lock, trusted)
+            store = cls(folder, read_manifest(folder), memory_limit, gpus, lock, unchecked)
             store._remove_leftovers()
             return store
         except BaseException:
@@ -143,7 +144,7 @@ class Datastore:
         """Add entries; they are on disk, and found by the next search, when this returns.
 
         Args: documents (N,): the numbers of the documents that they come from, 0 if not given; sources: the texts whose records
-        are to be written with them. Raises DatastoreError where they cannot be written: then none of them is there.
+        are to be written with them. Raises DatastoreError where they cannot be written; it says how many are there.
         """
         count = len(entries.values)
         self._require_lock()
@@ -231,7 +232,7 @@ class Datastore:
             rows = self._index.search(queries, indexes.candidates(self.manifest.index.kind, count))[1]
             found.append(np.where(rows < indexed, rows, -1))
         if indexed < len(self):
-            found.append(search_blocks(self._keys, indexed, len(self), queries, count + 8)[1])
+            found.append(search_blocks(self._keys, indexed, len(self), queries, count + SPARE_CANDIDATES)[1])
         return np.concatenate(found, axis=1) if found else np.full((len(queries), count), -1)
 
     def _keys(self, begin: int, end: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mbpa_lm.errors import DatastoreError
 from mbpa_lm.memory.base import Entries
-from mbpa_lm.memory.datastore.manifest import Identity, Layout
+from mbpa_lm.memory.datastore.manifest import Identity, Layout, check_identity
 from mbpa_lm.memory.remote.connection import Connection
 from mbpa_lm.memory.remote.rows import (
     DOCUMENT,
@@ -184,13 +184,7 @@ def check_record(place: str, described: dict[str, Any], identity: Identity, layo
         known, shape = Identity(**record["identity"]), Layout(**record["layout"])
     except (KeyError, TypeError, ValueError):
         raise DatastoreError(f"{place} is not a memory of mbpa_lm; name another collection") from None
-    for what in ("model", "tokenizer"):
-        one, other = getattr(known, what), getattr(identity, what)
-        if one != other:
-            raise DatastoreError(
-                f"the memory in {place} was written with {what} {one[:12]}, this {what} is {other[:12]}; build it again, or "
-                f"name another collection"
-            )
+    check_identity(place, known, identity, "build it again, or name another collection")
     if shape != layout:
         raise DatastoreError(
             f"the memory in {place} holds {_shape(shape)}, not {_shape(layout)}; build it again, or name another collection"
