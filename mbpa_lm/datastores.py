@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from mbpa_lm.checkpoint import Checkpoint
 from mbpa_lm.config import Config, MemoryConfig
@@ -18,6 +19,7 @@ from mbpa_lm.remember import Text, remember
 TRAINING = "training"
 FOLDER, LOCK = "datastore", ".datastore.lock"
 GIB = 1 << 30
+_OPEN: WeakValueDictionary[tuple[Path, int, str], Datastore] = WeakValueDictionary()
 
 
 def identity_of(checkpoint: Checkpoint) -> Identity:
@@ -36,9 +38,17 @@ def limit_of(memory: MemoryConfig) -> int:
     return int(memory.resident_gib * GIB)
 
 
-def open_one(config: Config, checkpoint: Checkpoint, name: str) -> Datastore:
-    """Open a store to be searched; raises DatastoreError where it is missing, damaged, or of another model."""
-    return Datastore.open(Path(name), identity_of(checkpoint), limit_of(config.memory), gpus=config.memory.gpus)
+def open_one(config: Config, checkpoint: Checkpoint, folder: Path) -> Datastore:
+    """Open a store to be searched; where it is open already, as it is now and for the same use, return that one.
+
+    Raises DatastoreError where it is missing, damaged, or of another model.
+    """
+    use = (folder.resolve(), limit_of(config.memory), config.memory.gpus)
+    store = _OPEN.get(use)
+    if store is None or store.manifest != read_manifest(folder) or store.manifest.identity != identity_of(checkpoint):
+        store = Datastore.open(folder, identity_of(checkpoint), limit_of(config.memory), gpus=config.memory.gpus)
+        _OPEN[use] = store
+    return store
 
 
 def open_datastores(config: Config, checkpoint: Checkpoint, training_text: Callable[[], Text]) -> list[Datastore]:
@@ -49,8 +59,10 @@ def open_datastores(config: Config, checkpoint: Checkpoint, training_text: Calla
     wanted, stores = likely_words_kept(config, checkpoint), []
     _refuse_twice(config, checkpoint)
     for name in config.memory.datastores:
-        is_training = name == TRAINING
-        store = training_datastore(config, checkpoint, training_text) if is_training else open_one(config, checkpoint, name)
+        if name == TRAINING:
+            store = training_datastore(config, checkpoint, training_text)
+        else:
+            store = open_one(config, checkpoint, Path(name))
         if store.likely_words != wanted:
             raise DatastoreError(
                 f"the memory in {store.folder} keeps {store.likely_words} likely words an entry, memory.likely_words asks for "
@@ -96,7 +108,7 @@ def training_datastore(config: Config, checkpoint: Checkpoint, training_text: Ca
             Datastore.create(folder, identity, layout, limit).close()
         with Datastore.open(folder, identity, limit, writable=True, gpus=memory.gpus) as store:
             build(store, checkpoint, text, memory)
-        return Datastore.open(folder, identity, limit, gpus=memory.gpus)
+        return open_one(config, checkpoint, folder)
     finally:
         os.close(lock)
 
@@ -109,7 +121,7 @@ def _ready(folder: Path, checkpoint: Checkpoint, config: Config, likely_words: i
     """Return the kept store where it is whole and of these settings; more likely words than are needed do no harm."""
     if not (folder / FILE).is_file():
         return None
-    store = Datastore.open(folder, identity_of(checkpoint), limit_of(config.memory), gpus=config.memory.gpus)
+    store = open_one(config, checkpoint, folder)
     sources, layout = store.manifest.sources, store.manifest.layout
     is_of_this = len(sources) == 1 and sources[0].name == _name(config) and layout.key_type == config.memory.key_type
     is_whole = is_of_this and len(store) == sources[0].entries and not store.needs_index(index_kind(config.memory))

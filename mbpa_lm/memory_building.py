@@ -12,7 +12,7 @@ from mbpa_lm.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from mbpa_lm.config import Config
 from mbpa_lm.data.streams import open_stream
 from mbpa_lm.data.text_files import WholeText
-from mbpa_lm.datastores import build, build_index, identity_of, likely_words_kept, limit_of
+from mbpa_lm.datastores import GIB, build, build_index, identity_of, likely_words_kept, limit_of
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.machine import pick_device
 from mbpa_lm.memory.datastore.entry_files import columns
@@ -52,9 +52,9 @@ def add_to_memory(config: Config, checkpoint_path: Path, folder: Path, text_path
     show_memory(folder)
 
 
-def index_memory(folder: Path, kind: IndexKind | None) -> None:
-    """Make the index of a memory again; raises DatastoreError where it cannot be."""
-    with Datastore.open(folder, writable=True) as store:
+def index_memory(folder: Path, kind: IndexKind | None, resident_gib: float = 0) -> None:
+    """Make the index of a memory again, under a limit of resident memory; raises DatastoreError where it cannot be."""
+    with Datastore.open(folder, memory_limit=int(resident_gib * GIB), writable=True) as store:
         build_index(store, kind)
     show_memory(folder)
 
@@ -105,14 +105,15 @@ def verify_memory(folder: Path) -> None:
     console.print(f"{folder}: {len(store):,} entries, {_size(done)}, all as they were written", markup=False)
 
 
-def merge_memories(folders: Sequence[Path], output: Path) -> None:
+def merge_memories(folders: Sequence[Path], output: Path, resident_gib: float = 0) -> None:
     """Copy memories into a new one, one behind the other, and index it; raises DatastoreError where they do not fit.
 
     The new memory has its name when it is whole.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise DatastoreError("a memory is named more than once; name it once")
-    stores = [Datastore.open(folder) for folder in folders]
+    limit = int(resident_gib * GIB)
+    stores = [Datastore.open(folder, memory_limit=limit) for folder in folders]
     check_alike(stores)
     for store in stores:
         check_whole(store)
@@ -121,7 +122,7 @@ def merge_memories(folders: Sequence[Path], output: Path) -> None:
     temporary = output.with_name(f".{output.name}.merging")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with Datastore.create(temporary, stores[0].manifest.identity, stores[0].manifest.layout) as target:
+        with Datastore.create(temporary, stores[0].manifest.identity, stores[0].manifest.layout, limit) as target:
             for store in stores:
                 with ProgressBar(f"copying {store.folder}", len(store), "entries") as progress:
                     append_store(target, store, progress.reach)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.typing import NonNegativeFloat
 
 from mbpa_lm.commands import guarded, make_parser, parse, prepare_machine
 from mbpa_lm.errors import ConfigError, did_you_mean, reason
@@ -71,12 +72,14 @@ def _remember(command: str, description: str, arguments: Sequence[str]) -> None:
 def _index(arguments: Sequence[str]) -> None:
     parser = _parser("index", "Index all entries that a memory has now.", "folder")
     parser.add_argument("--kind", type=str, default="auto", help=", ".join(KINDS))
+    _add_limit(parser)
     options = _parse(parser, arguments)
     if options.kind not in KINDS:
         raise ConfigError(f"--kind is {options.kind!r}; {did_you_mean(options.kind, KINDS)}")
     from mbpa_lm.memory_building import index_memory
 
-    index_memory(Path(options.folder), None if options.kind == "auto" else options.kind)
+    kind = None if options.kind == "auto" else options.kind
+    index_memory(Path(options.folder), kind, options.resident_gib)
 
 
 def _info(arguments: Sequence[str]) -> None:
@@ -97,10 +100,11 @@ def _merge(arguments: Sequence[str]) -> None:
     parser = _parser("merge", "Copy several memories of one model into a new one.")
     parser.add_argument("folders", type=str, nargs="+", help="Memories to be copied.")
     parser.add_argument("--output", type=str, required=True, help="Folder of the new memory.")
+    _add_limit(parser)
     options = _parse(parser, arguments)
     from mbpa_lm.memory_building import merge_memories
 
-    merge_memories([Path(folder) for folder in options.folders], Path(options.output))
+    merge_memories([Path(folder) for folder in options.folders], Path(options.output), options.resident_gib)
 
 
 def _export(arguments: Sequence[str]) -> None:
@@ -128,6 +132,11 @@ def _parser(command: str, description: str, *folders: str) -> ArgumentParser:
     for name in folders:
         parser.add_argument(name, type=str, help="Folder of the memory.")
     return parser
+
+
+def _add_limit(parser: ArgumentParser) -> None:
+    explained = "Resident memory to stay under; the index is chosen to fit. 0: no limit."
+    parser.add_argument("--resident_gib", type=NonNegativeFloat, default=0.0, help=explained)
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:

@@ -23,6 +23,8 @@ from mbpa_lm.models.base import LanguageModel, State
 
 BLOCK, SIDE_BY_SIDE, WARM_UP = 4096, 8, 256
 LOGITS_AT_ONCE = 1 << 23
+NUMBERS_AT_ONCE = 1 << 24
+"""Of hidden states that wait to be written."""
 
 
 class Text(NamedTuple):
@@ -47,8 +49,9 @@ def remember(
     done = len(store) - source.first_entry
     if store.manifest.sources and source.first_entry < store.manifest.sources[-1].first_entry:
         done = source.entries  # it is not the last one, so it is whole
+    side_by_side = max(1, min(SIDE_BY_SIDE, NUMBERS_AT_ONCE // (BLOCK * model.hidden_size)))
     while done < source.entries:
-        end = min(done + BLOCK * SIDE_BY_SIDE, source.entries)
+        end = min(done + BLOCK * side_by_side, source.entries)
         begins = range(done, end, BLOCK)
         blocks = _read_blocks(model, text.tokens, [(begin, min(begin + BLOCK, end)) for begin in begins], store.likely_words)
         entries = Entries(*(torch.cat(column) for column in zip(*(block.tensors() for block in blocks), strict=True)))

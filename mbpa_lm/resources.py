@@ -149,7 +149,7 @@ def make_slow_weights(config: Config, checkpoint: Checkpoint, experts: Sequence[
 
 def make_knn_store(config: Config, checkpoint: Checkpoint) -> EntryStore:
     """Return the datastore of the training text, made where it is not kept, together with the configured ones."""
-    others = [open_one(config, checkpoint, name) for name in config.memory.datastores if name != TRAINING]
+    others = [open_one(config, checkpoint, Path(name)) for name in config.memory.datastores if name != TRAINING]
     return JoinedStores([training_datastore(config, checkpoint, partial(training_text, config, checkpoint)), *others])
 
 

@@ -10,6 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from mbpa_lm import commands
+from mbpa_lm.checkpoint import find_checkpoint, load_checkpoint
+from mbpa_lm.commands import make_parser, parse
+from mbpa_lm.datastores import open_one
 from mbpa_lm.durable import take_lock
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory_commands import memory
@@ -52,7 +55,7 @@ def test_build_add_verify_merge_and_export(
     assert "228 entries" in capsys.readouterr().out.splitlines()[-1]
     merged, file = tmp_path / "merged", tmp_path / "entries.safetensors"
     assert memory(["merge", str(first), str(second), "--output", str(merged)]) == 0
-    assert memory(["index", str(merged), "--kind", "ivf_flat"]) == 0
+    assert memory(["index", str(merged), "--kind", "ivf_flat", "--resident_gib", "1"]) == 0
     assert memory(["export", str(merged), "--output", str(file)]) == 0
     tensors, store = load_file(file), Datastore.open(merged)
     assert len(store) == 228 + 79
@@ -204,3 +207,16 @@ def test_a_stream_is_remembered_in_a_database(
     assert before == [0, metrics["stream"]["scored"]]
     assert perplexities[1] < perplexities[0]  # it has read this text before, and says so
     assert f"holds {before[1]:,} entries: they count as read before the stream" in capsys.readouterr().out
+
+
+def test_a_memory_that_is_open_is_not_opened_again_until_it_changes(
+    build: Callable[..., Path], options: Options, trained_run: Path, tmp_path: Path
+) -> None:
+    folder = build("shared", 20)
+    config, _ = parse(make_parser("test", ""), options(tmp_path / "run"))
+    checkpoint = load_checkpoint(find_checkpoint(trained_run))
+    store = open_one(config, checkpoint, folder)
+    assert open_one(config, checkpoint, folder) is store
+    with Datastore.open(folder, writable=True) as writer:
+        writer.add(*store.entries_between(0, 5))
+    assert len(open_one(config, checkpoint, folder)) == len(store) + 5

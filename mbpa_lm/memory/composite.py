@@ -7,6 +7,7 @@ Dimensions: `C` positions of a chunk, `K` neighbours, `d` hidden size.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -34,7 +35,13 @@ class JoinedStores:
             each = store.search(queries_Cd, count).later(before)
             found.append(each if self.likely_words else each.without_likely_words())
             before += len(store)
-        return found[0] if len(found) == 1 else nearest_of(found, count)
+        return found[0] if len(found) == 1 else nearest_of(_of_one_type(found), count)
+
+
+def _of_one_type(found: Sequence[Neighbours]) -> list[Neighbours]:
+    """Return neighbours with keys of a type that holds those of all."""
+    key_type = reduce(torch.promote_types, (each.entries.keys.dtype for each in found))
+    return [replace(each, entries=replace(each.entries, keys=each.entries.keys.to(key_type))) for each in found]
 
 
 class CompositeMemory:

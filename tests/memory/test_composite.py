@@ -92,3 +92,15 @@ def test_stores_with_other_likely_words_give_none(tmp_path: Path) -> None:
     assert joined.likely_words == 0
     assert joined.search(torch.zeros(1, D), 8).entries.likely_words.shape == (1, 8, 0)
     assert JoinedStores(stores[:1]).search(torch.zeros(1, D), 8).entries.likely_words.shape == (1, 8, 2)
+
+
+def test_keys_of_several_stores_keep_the_precision_of_each(tmp_path: Path) -> None:
+    stores, keys = [], torch.randn(5, D)
+    for key_type in ("float32", "bfloat16", "float16"):
+        store = Datastore.create(tmp_path / key_type, Identity("m", "t"), Layout(D, 0, key_type))  # type: ignore[arg-type]
+        store.add(Entries(keys, torch.arange(5), torch.zeros(5), torch.zeros(5, 0).int(), torch.zeros(5, 0)))
+        stores.append(store)
+    found = JoinedStores(stores).search(keys[:1], 15)
+    exact = found.entries.keys[found.positions < 5]
+    assert torch.equal(exact, keys[found.positions[found.positions < 5]])
+    assert JoinedStores(stores[1:]).search(keys[:1], 1).entries.keys.dtype == torch.float32

@@ -8,7 +8,13 @@ from collections.abc import Callable
 import faiss
 import numpy as np
 
-BLOCK = 1 << 15
+NUMBERS_AT_ONCE = 1 << 24
+"""Of keys that are in memory at once."""
+
+
+def rows_at_once(hidden_size: int) -> int:
+    """Return how many keys are read at once."""
+    return max(1, NUMBERS_AT_ONCE // hidden_size)
 
 
 def search_blocks(
@@ -21,8 +27,9 @@ def search_blocks(
     """
     best_CK = np.full((len(queries_Cd), count), np.inf, dtype=np.float32)
     rows_CK = np.full((len(queries_Cd), count), -1, dtype=np.int64)
-    for first in reversed(range(begin, end, BLOCK)):
-        block = np.ascontiguousarray(keys(first, min(first + BLOCK, end))[::-1])  # of equals, FAISS keeps those that come first
+    step = rows_at_once(queries_Cd.shape[1])
+    for first in reversed(range(begin, end, step)):
+        block = np.ascontiguousarray(keys(first, min(first + step, end))[::-1])  # of equals, FAISS keeps those that come first
         distances, places = faiss.knn(queries_Cd, block, min(count, len(block)))
         both = np.concatenate([best_CK, distances], axis=1)
         kept = np.argsort(both, axis=1, kind="stable")[:, :count]

@@ -47,9 +47,15 @@ def choose_kind(entries: int, layout: Layout, memory_limit: int = 0) -> IndexKin
     """Return the kind of index for so many entries, where the process may have so many resident bytes (0: no limit)."""
     if entries <= EXACT_UP_TO:
         return "flat"
-    in_half_precision = entries * (2 * layout.hidden_size + 8)
-    fits = in_half_precision <= memory_limit // 3 if memory_limit else entries <= HALF_PRECISION_UP_TO
+    fits = not too_large("ivf_flat", entries, layout, memory_limit) if memory_limit else entries <= HALF_PRECISION_UP_TO
     return "ivf_flat" if fits else "ivf_pq"
+
+
+def too_large(kind: IndexKind, entries: int, layout: Layout, memory_limit: int) -> bool:
+    """Say whether an index would take more than its third of the resident bytes that there may be (0: any number)."""
+    d = layout.hidden_size
+    keys = {"flat": 0, "ivf_flat": 2 * d, "ivf_pq": _code_parts(d), "hnsw": 2 * d + 8 * LINKS, "cagra": 4 * d + 8 * LINKS}
+    return bool(memory_limit) and entries * (keys[kind] + (8 if kind in WITH_CELLS else 0)) > memory_limit // 3
 
 
 def choose_cells(entries: int, hidden_size: int, memory_limit: int = 0) -> int:
@@ -137,6 +143,14 @@ def _is_plain(index: Any, kind: IndexKind) -> bool:
         lists: Any = faiss.downcast_InvertedLists(index.invlists) if isinstance(index, faiss.IndexIVF) else None  # type: ignore[arg-type]
         return isinstance(lists, faiss.ArrayInvertedLists)
     return isinstance(index, faiss.IndexHNSW)
+
+
+def check_gpus(kind: IndexKind, gpus: Gpus) -> None:
+    """Raise DatastoreError where GPUs are asked for and FAISS searches the kind on a CPU only."""
+    if gpus != "none" and kind == "hnsw":
+        raise DatastoreError(
+            "hnsw is searched on the CPU; leave memory.gpus out, or make another index with mbpa-memory index --kind ivf_flat"
+        )
 
 
 def to_gpus(index: Any, gpus: Gpus) -> Any:

@@ -13,10 +13,9 @@ from mbpa_lm.durable import file_hash
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.datastore import index as indexes
 from mbpa_lm.memory.datastore.entry_files import EntryFiles
-from mbpa_lm.memory.datastore.exact import search_blocks
+from mbpa_lm.memory.datastore.exact import rows_at_once, search_blocks
 from mbpa_lm.memory.datastore.manifest import IndexKind, IndexRecord
 
-ADDED_AT_ONCE = 1 << 15
 RECALL_AT, RECALL_QUERIES, RECALL_WANTED = 32, 256, 0.95
 OnIndexing = Callable[[str, int, int], None]
 """Is told what is being done, how far it is, and of how much."""
@@ -31,8 +30,9 @@ def new_index(kind: IndexKind, files: EntryFiles, count: int, path: Path, on_pro
         index = _train(kind, files, count, cells, on_progress)
     except RuntimeError as error:
         raise DatastoreError(f"the index {kind} could not be trained: {reason(error)}; take another --kind") from None
+    at_once = rows_at_once(files.layout.hidden_size)
     while index.ntotal < count:
-        index.add(files.keys(index.ntotal, min(index.ntotal + ADDED_AT_ONCE, count)))
+        index.add(files.keys(index.ntotal, min(index.ntotal + at_once, count)))
         on_progress("indexing", index.ntotal, count)
     effort, recall = _search_hard_enough(index, kind, files, count, cells, on_progress)
     indexes.write_index(index, path)

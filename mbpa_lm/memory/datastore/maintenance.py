@@ -9,9 +9,9 @@ from pathlib import Path
 from mbpa_lm.durable import replacing
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.datastore.entry_files import columns
+from mbpa_lm.memory.datastore.exact import rows_at_once
 from mbpa_lm.memory.datastore.store import Datastore
 
-COPIED_AT_ONCE = 1 << 15
 SAFETENSORS_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int32": "I32"}
 
 
@@ -43,8 +43,9 @@ def append_store(target: Datastore, source: Datastore, on_progress: Callable[[in
         replace(each, first_entry=each.first_entry + first_entry, first_document=each.first_document + first_document)
         for each in source.manifest.sources
     ]
-    for begin in range(0, len(source), COPIED_AT_ONCE):
-        end = min(begin + COPIED_AT_ONCE, len(source))
+    at_once = rows_at_once(source.manifest.layout.hidden_size)
+    for begin in range(0, len(source), at_once):
+        end = min(begin + at_once, len(source))
         entries, documents = source.entries_between(begin, end)
         begun = [each for each in sources if begin <= each.first_entry - first_entry < end]
         target.add(entries, documents + first_document, *begun)
@@ -66,6 +67,7 @@ def export(store: Datastore, path: Path, on_progress: Callable[[int], None]) -> 
         shape = [count] if column.width == 1 else [count, column.width]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
+    at_once = rows_at_once(store.manifest.layout.hidden_size)
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     if not path.name or path.is_dir():
@@ -76,8 +78,9 @@ def export(store: Datastore, path: Path, on_progress: Callable[[int], None]) -> 
         with replacing(path) as temporary, temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(encoded)) + encoded)
             for number, (name, column) in enumerate(of_layout.items()):
-                for begin in range(0, count, COPIED_AT_ONCE):
-                    file.write(column.encode(store.column_between(name, begin, min(begin + COPIED_AT_ONCE, count))))
-                    on_progress((number * count + min(begin + COPIED_AT_ONCE, count)) // len(of_layout))
+                for begin in range(0, count, at_once):
+                    end = min(begin + at_once, count)
+                    file.write(column.encode(store.column_between(name, begin, end)))
+                    on_progress((number * count + end) // len(of_layout))
     except OSError as error:
         raise DatastoreError(f"{path} could not be written: {reason(error)}") from None

@@ -63,7 +63,8 @@ class Datastore:
         self._last_keys: tuple[tuple[int, int], np.ndarray] | None = None
         if not unchecked:
             self._check_unchanged()
-            self._load_index()
+            if lock is None:  # who writes may never search
+                self._load_index()
 
     @classmethod
     def create(cls, folder: Path, identity: Identity, layout: Layout, memory_limit: int = 0) -> "Datastore":
@@ -188,6 +189,8 @@ class Datastore:
         """
         self._require_lock()
         chosen = kind or self._suitable_index()
+        indexes.check_gpus(chosen, self._gpus)
+        self._check_fits(chosen, len(self))
         record, index = None, None
         if chosen != "flat" and len(self) > 1:
             index, record = new_index(chosen, self._files, len(self), self._next_index_file(), on_progress)
@@ -225,11 +228,12 @@ class Datastore:
 
     def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Return rows (C, k) that hold the nearest entries and some more, -1 where there are fewer."""
-        indexed, found = 0, []
-        if self._index is not None:
-            assert self.manifest.index is not None
-            indexed = self.manifest.index.entries
-            rows = self._index.search(queries, indexes.candidates(self.manifest.index.kind, count))[1]
+        indexed, found, record = 0, [], self.manifest.index
+        if record is not None:
+            if self._index is None:
+                self._load_index()
+            indexed = record.entries
+            rows = self._index.search(queries, indexes.candidates(record.kind, count))[1]
             found.append(np.where(rows < indexed, rows, -1))
         if indexed < len(self):
             found.append(search_blocks(self._keys, indexed, len(self), queries, count + SPARE_CANDIDATES)[1])
@@ -275,9 +279,19 @@ class Datastore:
     def _load_index(self) -> None:
         record = self.manifest.index
         if record is not None:
+            indexes.check_gpus(record.kind, self._gpus)
+            self._check_fits(record.kind, record.entries)
             index = indexes.read_index(self.folder / record.file, record, self.manifest.layout.hidden_size)
             indexes.set_effort(index, record.kind, record.search["effort"])
             self._index = indexes.to_gpus(index, self._gpus)
+
+    def _check_fits(self, kind: IndexKind, entries: int) -> None:
+        if indexes.too_large(kind, entries, self.manifest.layout, self._memory_limit):
+            raise DatastoreError(
+                f"an index {kind} over the {entries:,} entries of {self.folder} takes more than a third of the "
+                f"{self._memory_limit / (1 << 30):g} GiB that memory.resident_gib allows; allow more, or make a smaller one: "
+                f"mbpa-memory index {self.folder} --kind ivf_pq"
+            )
 
     def _check_unchanged(self) -> None:
         """Refuse files whose content is not what was written.
