@@ -126,7 +126,7 @@ def measure_search(store: Datastore, queries: torch.Tensor, all_keys: Callable[[
     wanted = K + 8 if record is None else candidates(record.kind, K)
 
     def bare() -> tuple[np.ndarray, np.ndarray]:
-        found = faiss.knn(asked, everything, wanted) if store._index is None else store._index.search(asked, wanted)
+        found = faiss.knn(asked, everything, wanted) if store._index is None else store._index.searched.search(asked, wanted)
         return found  # type: ignore[no-any-return]
 
     half, values = everything.astype(np.float16), np.arange(len(store))

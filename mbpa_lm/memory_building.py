@@ -59,22 +59,33 @@ def index_memory(folder: Path, kind: IndexKind | None, resident_gib: float = 0) 
     show_memory(folder)
 
 
+def compact_memory(folder: Path) -> None:
+    """Keep a memory's keys in its index alone; raises DatastoreError where there is none."""
+    with Datastore.open(folder, writable=True) as store:
+        if store.manifest.index is not None and store.manifest.index.entries < len(store):
+            build_index(store, None)
+        store.give_up_keys()
+    show_memory(folder)
+
+
 def show_memory(folder: Path) -> None:
     """Print what a memory is; raises DatastoreError where it is damaged."""
     store = Datastore.open(folder)
     manifest, layout = store.manifest, store.manifest.layout
-    bytes_an_entry = sum(column.row_bytes for column in columns(layout).values())
+    in_columns = sum((folder / column.file).stat().st_size for column in columns(layout).values())
     index, index_bytes = manifest.index, 0 if manifest.index is None else manifest.index.bytes
     table = Table(show_header=False, box=None)
     for name, value in (
         ("entries", f"{len(store):,} in {manifest.documents:,} documents"),
         ("keys", f"{layout.hidden_size} numbers of {layout.key_type}, squared Euclidean distance"),
         ("likely words", f"{layout.likely_words} an entry"),
-        ("size", f"{_size(len(store) * bytes_an_entry + index_bytes)}, {bytes_an_entry:,} bytes an entry beside the index"),
+        ("size", f"{_size(in_columns + index_bytes)}, {in_columns / max(1, len(store)):,.0f} bytes an entry beside the index"),
         ("model", manifest.identity.model[:12]),
         ("tokenizer", manifest.identity.tokenizer[:12]),
     ):
         table.add_row(name, value)
+    if manifest.keys_from:
+        table.add_row("", f"the first {manifest.keys_from:,} are in the index alone")
     if index is None:
         table.add_row("index", "none: every entry is measured")
     else:

@@ -16,6 +16,7 @@ USAGE = """usage: mbpa-memory COMMAND ...
   build   --checkpoint RUN --output FOLDER [--text PATH]   a memory of the training text, or of a file or folder of text
   add     --checkpoint RUN --output FOLDER --text PATH     more text into a memory
   index   FOLDER [--kind KIND]                             an index over all entries there are now
+  compact FOLDER                                           its keys in the index alone, which are half of its size
   info    FOLDER                                           what a memory is
   verify  FOLDER                                           whether every byte is what was written
   merge   FOLDER FOLDER ... --output FOLDER                several memories of one model as one
@@ -82,6 +83,14 @@ def _index(arguments: Sequence[str]) -> None:
     index_memory(Path(options.folder), kind, options.resident_gib)
 
 
+def _compact(arguments: Sequence[str]) -> None:
+    description = "Keep the keys of a memory in its index alone, as exact as it keeps them; they cannot be had back."
+    options = _parse(_parser("compact", description, "folder"), arguments)
+    from mbpa_lm.memory_building import compact_memory
+
+    compact_memory(Path(options.folder))
+
+
 def _info(arguments: Sequence[str]) -> None:
     options = _parse(_parser("info", "Say what a memory is.", "folder"), arguments)
     from mbpa_lm.memory_building import show_memory
@@ -120,6 +129,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "build": _build,
     "add": _add,
     "index": _index,
+    "compact": _compact,
     "info": _info,
     "verify": _verify,
     "merge": _merge,

@@ -56,6 +56,7 @@ def test_build_add_verify_merge_and_export(
     merged, file = tmp_path / "merged", tmp_path / "entries.safetensors"
     assert memory(["merge", str(first), str(second), "--output", str(merged)]) == 0
     assert memory(["index", str(merged), "--kind", "ivf_flat", "--resident_gib", "1"]) == 0
+    assert memory(["compact", str(merged)]) == 0
     assert memory(["export", str(merged), "--output", str(file)]) == 0
     tensors, store = load_file(file), Datastore.open(merged)
     assert len(store) == 228 + 79
@@ -67,7 +68,13 @@ def test_build_add_verify_merge_and_export(
     capsys.readouterr()
     assert memory(["info", str(merged)]) == 0
     shown = capsys.readouterr().out
-    for part in ("307 in 3 documents", "16 numbers of float16", "ivf_flat over 307 entries", "more.txt: 29 of 29"):
+    for part in (
+        "307 in 3 documents",
+        "the first 307 are in the index alone",
+        "16 numbers of float16",
+        "ivf_flat over 307 entries",
+        "more.txt: 29 of 29",
+    ):
         assert part in shown
 
 

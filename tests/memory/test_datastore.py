@@ -385,6 +385,57 @@ def test_an_index_that_the_memory_cannot_hold_is_refused_and_made_smaller(tmp_pa
     assert opened.manifest.index.kind == "ivf_pq"
 
 
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq", "hnsw"])
+def test_keys_can_be_kept_in_the_index_alone(tmp_path: Path, kind: str) -> None:
+    store, expected = make(tmp_path / "m", 12_000), all_entries(12_000)
+    store.build_index(kind)  # type: ignore[arg-type]
+    store.close()
+    reader, before = Datastore.open(tmp_path / "m"), store.search(queries(), 5)
+    with Datastore.open(tmp_path / "m", writable=True) as store:
+        store.give_up_keys()
+        assert (tmp_path / "m" / "keys.bin").stat().st_size == 0
+        store.add(entries_from(12_000, 300))
+    torch.testing.assert_close(reader.search(queries(), 5).positions, before.positions)  # what it has open stays
+    more = all_entries(12_000, 300)
+    for opened in (store, Datastore.open(tmp_path / "m", IDENTITY)):
+        assert opened.damaged() is None
+        found, keys = opened.search(queries(), 5), opened.entries_between(11_990, 12_010)[0].keys
+        wanted = more.keys[found.positions]
+        measured = (found.entries.keys.float() - queries()[:, None]).square().sum(-1)
+        torch.testing.assert_close(found.squared_distances, measured)
+        assert torch.equal(keys[10:].float(), more.keys[12_000:12_010])
+        if kind != "ivf_pq":  # the others keep them in half precision, in which these are exact
+            assert torch.equal(found.entries.keys.float(), wanted)
+            assert torch.equal(keys[:10].float(), expected.keys[11_990:])
+    with Datastore.open(tmp_path / "m", writable=True) as store:
+        with pytest.raises(DatastoreError, match="has no index over all its entries; make one first"):
+            store.give_up_keys()
+        other = "hnsw" if kind == "ivf_flat" else "ivf_flat"
+        with pytest.raises(DatastoreError, match=rf"kept in its index alone, which is {kind} and stays so"):
+            store.build_index(other)  # type: ignore[arg-type]
+        store.build_index()
+        store.give_up_keys()
+        store.add(entries_from(12_300, 7))
+        last = entries_from(12_300, 7)
+        assert store.search(last.keys, 1).positions[:, 0].tolist() == list(range(12_300, 12_307))
+
+
+def test_keys_that_were_given_up_and_are_still_there_are_cut_off(tmp_path: Path) -> None:
+    with make(tmp_path / "m", 2000) as store:
+        store.build_index("ivf_flat")
+        keys = (tmp_path / "m" / "keys.bin").read_bytes()
+        store.give_up_keys()
+    (tmp_path / "m" / "keys.bin").write_bytes(keys)  # as if it had been killed in between
+    found = Datastore.open(tmp_path / "m").search(queries(), 5)
+    with Datastore.open(tmp_path / "m", writable=True) as store:
+        store.add(entries_from(2000, 10))
+    opened = Datastore.open(tmp_path / "m")
+    assert opened.damaged() is None
+    assert torch.equal(opened.search(queries(), 5).positions < 2000, torch.ones(20, 5, dtype=torch.bool))
+    assert torch.equal(opened.search(queries(), 5).positions, found.positions)
+    assert torch.equal(opened.entries_between(2000, 2010)[0].keys.float(), entries_from(2000, 10).keys)
+
+
 def test_a_graph_is_not_for_gpus(tmp_path: Path) -> None:
     make(tmp_path / "m", 2000).build_index("hnsw")
     with pytest.raises(DatastoreError, match=r"hnsw is searched on the CPU; leave memory.gpus out"):
@@ -403,7 +454,7 @@ def test_the_index_suits_the_size_and_the_memory() -> None:
 
 
 def _add_without_end(folder: Path, acknowledged: Path, seed: int) -> None:
-    """Make a memory or open it, add entries and index them until killed; write down after each call how many there are."""
+    """Make a memory or open it, add entries, index them, give up keys, until killed; write down how many there are."""
     generator = random.Random(seed)
     with acknowledged.open("w") as file:
         is_there = (folder / manifest.FILE).exists()
@@ -413,6 +464,8 @@ def _add_without_end(folder: Path, acknowledged: Path, seed: int) -> None:
             print(len(store), file=file, flush=True)
             if generator.random() < 0.1 and len(store) > 500:
                 store.build_index("hnsw")
+                if generator.random() < 0.3:
+                    store.give_up_keys()
 
 
 KILLS = int(os.environ.get("MBPA_KILLS", "5"))

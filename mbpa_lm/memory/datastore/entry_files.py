@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbpa_lm.durable import replacing
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.machine import resident_bytes
 from mbpa_lm.memory.base import Entries
@@ -28,6 +29,7 @@ READ_AT_ONCE = 1 << 23
 """Bytes that are read at once where a whole file is."""
 PAGES_AT_ONCE = 1 << 16
 """Bytes that may become resident when one row is read: the kernel maps neighbouring pages too."""
+KeysOfIndex = Callable[[np.ndarray], np.ndarray]
 STORED_AS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -78,15 +80,25 @@ def columns(layout: Layout) -> dict[str, Column]:
 class EntryFiles:
     """The acknowledged rows of all columns, and the way to write more of them."""
 
-    def __init__(self, folder: Path, layout: Layout, count: int, memory_limit: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        count: int,
+        memory_limit: int = 0,
+        keys_from: int = 0,
+        keys_of_index: KeysOfIndex | None = None,
+    ) -> None:
         """Map `count` rows; raises DatastoreError where a file is shorter.
 
-        Args: memory_limit: resident bytes of the process above which pages that were read are given back; 0: none.
+        Args: memory_limit: resident bytes of the process above which pages that were read are given back; 0: none; keys_from:
+        the first row whose key is in the file, those before being what `keys_of_index` gives for rows (n,): (n, d).
         """
         self.columns = columns(layout)
         self.memory_limit = memory_limit
         self.layout = layout
         self._folder, self._count = folder, count
+        self._keys_from, self._keys_of_index = keys_from, keys_of_index
         self._maps = self._mapped()
         self._checksums: dict[str, BlockChecksums] = {}  # of all acknowledged rows; made when something is first written
         self._appended: dict[str, BlockChecksums] = {}  # with the rows that are not acknowledged yet
@@ -105,9 +117,19 @@ class EntryFiles:
 
     def rows(self, name: str, rows: np.ndarray) -> Tensor:
         """Return the given rows (n,) of a column: (n, width)."""
+        if name != "keys" or not self._keys_from:
+            return self._rows_in_file(name, rows)
+        assert self._keys_of_index is not None
+        found = torch.empty(len(rows), self.layout.hidden_size, dtype=self.columns[name].stored)
+        in_index = torch.from_numpy(rows < self._keys_from)
+        found[in_index] = torch.from_numpy(self._keys_of_index(rows[rows < self._keys_from])).to(found.dtype)
+        found[~in_index] = self._rows_in_file(name, rows[rows >= self._keys_from] - self._keys_from)
+        return found
+
+    def _rows_in_file(self, name: str, rows: np.ndarray) -> Tensor:
         column = self.columns[name]
         found = np.zeros((len(rows), column.width), column.bits)
-        if not self._count:
+        if name not in self._maps:
             return column.decode(found)
         step = max(1, self.memory_limit // 8 // PAGES_AT_ONCE) if self.memory_limit else max(1, len(rows))
         for begin in range(0, len(rows), step):
@@ -117,6 +139,8 @@ class EntryFiles:
 
     def between(self, name: str, begin: int, end: int) -> Tensor:
         """Return a copy of consecutive rows of a column: (end - begin, width)."""
+        if name == "keys" and self._keys_from:
+            return self.rows(name, np.arange(begin, end))
         found = self.columns[name].decode(np.array(self._maps[name][begin:end]))
         self.keep_to_limit()
         return found
@@ -143,7 +167,7 @@ class EntryFiles:
         for name, column in self.columns.items():
             if name not in self._checksums:
                 self._checksums[name] = self._checksums_so_far(name, checksums.get(column.file, []))
-            data, end = column.encode(tensors[name]), self._count * column.row_bytes
+            data, end = column.encode(tensors[name]), self._in_file(name) * column.row_bytes
             if len(data) != len(entries.values) * column.row_bytes:
                 raise ValueError(f"{name} of another shape than the memory's: {tuple(tensors[name].shape)}")
             with (self._folder / column.file).open("r+b") as file:
@@ -161,25 +185,43 @@ class EntryFiles:
         self._checksums, self._appended, self._count = self._appended, {}, count
         self._maps = self._mapped()
 
+    def give_up_keys(self, keys_from: int) -> None:
+        """Keep no key of the rows before; a manifest says so already. Raises OSError where the file cannot be replaced."""
+        self._checksums, self._keys_from = {}, keys_from
+        self.cut_off_keys()
+        self._maps = self._mapped()
+
+    def cut_off_keys(self) -> None:
+        """Remove keys that were given up, should they still be there; who reads them may go on reading."""
+        path = self._folder / self.columns["keys"].file
+        if self._keys_from and not self._in_file("keys") and path.stat().st_size:
+            with replacing(path) as empty:
+                empty.touch()
+
+    def _in_file(self, name: str) -> int:
+        """Return how many rows of a column there are in its file."""
+        return self._count - (self._keys_from if name == "keys" else 0)
+
     def damaged(self, checksums: dict[str, list[str]], on_progress: Callable[[int], None] = lambda size: None) -> str | None:
         """Return which rows of which file are not what was written, None where all are; `on_progress` is told bytes."""
         for name, column in self.columns.items():
             digests = checksums.get(column.file, [])
-            if len(digests) != -(-self._count // BLOCK):
+            skipped, count = self._count - self._in_file(name), self._in_file(name)
+            if len(digests) != -(-count // BLOCK):
                 return f"{column.file} (no checksums)"
             for number, digest in enumerate(digests):
-                begin, end = number * BLOCK, min((number + 1) * BLOCK, self._count)
+                begin, end = number * BLOCK, min((number + 1) * BLOCK, count)
                 found = BlockChecksums(BLOCK * column.row_bytes)
                 self._read(name, begin, end, found)
                 if found.digests() != [digest]:
-                    return f"{column.file} (entries {begin:,} to {end - 1:,})"
+                    return f"{column.file} (entries {skipped + begin:,} to {skipped + end - 1:,})"
                 on_progress((end - begin) * column.row_bytes)
         return None
 
     def _checksums_so_far(self, name: str, digests: list[str]) -> BlockChecksums:
-        finished = self._count // BLOCK
+        finished = self._in_file(name) // BLOCK
         found = BlockChecksums(BLOCK * self.columns[name].row_bytes, digests[:finished])
-        self._read(name, finished * BLOCK, self._count, found)
+        self._read(name, finished * BLOCK, self._in_file(name), found)
         return found
 
     def _read(self, name: str, begin: int, end: int, checksums: BlockChecksums) -> None:
@@ -191,7 +233,8 @@ class EntryFiles:
     def _mapped(self) -> dict[str, np.memmap]:
         maps = {}
         for name, column in self.columns.items():
-            path, wanted = self._folder / column.file, self._count * column.row_bytes
+            path, count = self._folder / column.file, self._in_file(name)
+            wanted = count * column.row_bytes
             try:
                 if path.is_symlink():
                     raise DatastoreError(f"{path} is a link; a memory's files lie in its folder")
@@ -200,8 +243,8 @@ class EntryFiles:
                         f"{path} is cut short: it has {path.stat().st_size:,} bytes of {wanted:,}; put the file back, or "
                         f"build the memory again"
                     )
-                if self._count:
-                    maps[name] = np.memmap(path, dtype=column.bits, mode="r", shape=(self._count, column.width))
+                if count:
+                    maps[name] = np.memmap(path, dtype=column.bits, mode="r", shape=(count, column.width))
             except FileNotFoundError:
                 if self._count:
                     raise DatastoreError(f"{path} cannot be read: it is not there; put it back, or build again") from None

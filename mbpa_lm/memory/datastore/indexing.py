@@ -4,6 +4,7 @@ Dimensions: `C` queries, `d` hidden size.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.datastore import index as indexes
 from mbpa_lm.memory.datastore.entry_files import EntryFiles
 from mbpa_lm.memory.datastore.exact import rows_at_once, search_blocks
-from mbpa_lm.memory.datastore.manifest import IndexKind, IndexRecord
+from mbpa_lm.memory.datastore.manifest import IndexKind, IndexRecord, Manifest
 
 RECALL_AT, RECALL_QUERIES, RECALL_WANTED = 32, 256, 0.95
 OnIndexing = Callable[[str, int, int], None]
 """Is told what is being done, how far it is, and of how much."""
 
 
-def new_index(kind: IndexKind, files: EntryFiles, count: int, path: Path, on_progress: OnIndexing) -> tuple[Any, IndexRecord]:
-    """Return an index over the first `count` keys, written to `path`, and its record."""
+def new_index(
+    folder: Path, manifest: Manifest, kind: IndexKind, files: EntryFiles, on_progress: OnIndexing
+) -> tuple[Any, IndexRecord]:
+    """Return an index over all keys, written into the folder beside the one in use, and its record."""
+    count, path = manifest.entries, _next_file(folder, manifest)
     if count < indexes.LEAST_ENTRIES[kind]:
         raise DatastoreError(f"{count:,} entries are too few for {kind}, which needs {indexes.LEAST_ENTRIES[kind]:,}")
     cells = indexes.choose_cells(count, files.layout.hidden_size, files.memory_limit)
@@ -30,14 +34,42 @@ def new_index(kind: IndexKind, files: EntryFiles, count: int, path: Path, on_pro
         index = _train(kind, files, count, cells, on_progress)
     except RuntimeError as error:
         raise DatastoreError(f"the index {kind} could not be trained: {reason(error)}; take another --kind") from None
-    at_once = rows_at_once(files.layout.hidden_size)
-    while index.ntotal < count:
-        index.add(files.keys(index.ntotal, min(index.ntotal + at_once, count)))
-        on_progress("indexing", index.ntotal, count)
+    _fill(index, files, count, on_progress)
     effort, recall = _search_hard_enough(index, kind, files, count, cells, on_progress)
     indexes.write_index(index, path)
     search = {"effort": effort, "cells": cells}
     return index, IndexRecord(kind, path.name, count, path.stat().st_size, file_hash(path), search, recall)
+
+
+def longer_index(
+    folder: Path, manifest: Manifest, kind: IndexKind, files: EntryFiles, on_progress: OnIndexing
+) -> tuple[Any, IndexRecord]:
+    """Return the index with the keys that it does not hold yet, and its record: it is searched as hard as before.
+
+    What it was trained on is not there any more. Raises DatastoreError where another kind is asked for.
+    """
+    record, path = manifest.index, _next_file(folder, manifest)
+    assert record is not None
+    if kind != record.kind:
+        raise DatastoreError(f"the keys of {folder} are kept in its index alone, which is {record.kind} and stays so")
+    index = indexes.read_index(folder / record.file, record, files.layout.hidden_size)
+    _fill(index, files, manifest.entries, on_progress)
+    indexes.write_index(index, path)
+    written = replace(record, file=path.name, entries=manifest.entries, bytes=path.stat().st_size, sha256=file_hash(path))
+    return index, written
+
+
+def _next_file(folder: Path, manifest: Manifest) -> Path:
+    """Return a path that no record names: an index is never written over the one in use."""
+    used = 0 if manifest.index is None else int(manifest.index.file.removeprefix("index-").removesuffix(".faiss"))
+    return folder / f"index-{used + 1}.faiss"
+
+
+def _fill(index: Any, files: EntryFiles, count: int, on_progress: OnIndexing) -> None:
+    at_once = rows_at_once(files.layout.hidden_size)
+    while index.ntotal < count:
+        index.add(files.keys(index.ntotal, min(index.ntotal + at_once, count)))
+        on_progress("indexing", index.ntotal, count)
 
 
 def _train(kind: IndexKind, files: EntryFiles, count: int, cells: int, on_progress: OnIndexing) -> Any:

@@ -75,6 +75,7 @@ class Manifest:
     checksums: dict[str, list[str]] = field(default_factory=dict)  # file -> SHA-256 of each block of rows
     index: IndexRecord | None = None
     sources: tuple[Source, ...] = ()
+    keys_from: int = 0  # the keys of entries before this one are in the index alone
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -133,6 +134,7 @@ def _parse(values: dict[str, Any]) -> Manifest:
         {str(name): [str(digest) for digest in digests] for name, digests in values["checksums"].items()},
         None if index is None else IndexRecord(**index),
         tuple(Source(**source) for source in values["sources"]),
+        values.get("keys_from", 0),
     )
     identity, layout, record = manifest.identity, manifest.layout, manifest.index
     _require(isinstance(identity.model, str) and isinstance(identity.tokenizer, str), "identity")
@@ -140,6 +142,7 @@ def _parse(values: dict[str, Any]) -> Manifest:
     _require(_is_count(layout.hidden_size, MOST_NUMBERS) and layout.hidden_size > 0, "hidden_size")
     _require(_is_count(layout.likely_words, MOST_NUMBERS), "likely_words")
     _require(_is_count(manifest.entries) and _is_count(manifest.documents), "entries")
+    _require(_is_count(manifest.keys_from, 0 if record is None else record.entries), "keys_from")
     for source in manifest.sources:
         _require(isinstance(source.name, str) and isinstance(source.fingerprint, str), "sources")
         _require(all(map(_is_count, (source.first_entry, source.first_document, source.entries))), "sources")

@@ -9,25 +9,23 @@ Dimensions: `C` queries, `K` neighbours, `N` entries, `d` hidden size, `c` likel
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mbpa_lm.durable import file_hash, hold, replace_json, sync
+from mbpa_lm.durable import file_hash, hold, sync
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.datastore import index as indexes
 from mbpa_lm.memory.datastore.entry_files import EntryFiles
 from mbpa_lm.memory.datastore.exact import search_blocks
-from mbpa_lm.memory.datastore.indexing import OnIndexing, new_index
+from mbpa_lm.memory.datastore.indexing import OnIndexing, longer_index, new_index
 from mbpa_lm.memory.datastore.manifest import (
     FILE,
     Identity,
@@ -40,11 +38,14 @@ from mbpa_lm.memory.datastore.manifest import (
     write_manifest,
 )
 from mbpa_lm.memory.datastore.measuring import nearest_entries, read_entries
+from mbpa_lm.memory.datastore.open_index import OpenIndex, check_fits
+from mbpa_lm.memory.datastore.unchanged import FILE as UNCHANGED_FILE
+from mbpa_lm.memory.datastore.unchanged import are_unchanged, note_unchanged
 from mbpa_lm.memory.nearest_plain import SPARE_CANDIDATES
 
 INDEXED_SHARE = 0.9
 """Share of the entries below which an index is to be made again: the others are searched one by one."""
-LOCK, UNCHANGED = ".lock", "unchanged.json"
+LOCK = ".lock"
 OnProgress = Callable[[int], None]
 
 
@@ -58,13 +59,15 @@ class Datastore:
         self.folder = folder
         self.manifest = manifest
         self._memory_limit, self._gpus, self._lock = memory_limit, gpus, lock
-        self._files = EntryFiles(folder, manifest.layout, manifest.entries, memory_limit)
-        self._index: Any = None
+        self._files = EntryFiles(
+            folder, manifest.layout, manifest.entries, memory_limit, manifest.keys_from, self._keys_of_index
+        )
+        self._index: OpenIndex | None = None
         self._last_keys: tuple[tuple[int, int], np.ndarray] | None = None
         if not unchecked:
             self._check_unchanged()
             if lock is None:  # who writes may never search
-                self._load_index()
+                self._open_index()
 
     @classmethod
     def create(cls, folder: Path, identity: Identity, layout: Layout, memory_limit: int = 0) -> "Datastore":
@@ -75,7 +78,7 @@ class Datastore:
             files = EntryFiles(folder, layout, 0)
             if not (folder / FILE).exists():
                 files.remove()  # what a creation that was interrupted has left
-            if {path.name for path in folder.iterdir()} - {LOCK, UNCHANGED}:
+            if {path.name for path in folder.iterdir()} - {LOCK, UNCHANGED_FILE}:
                 raise DatastoreError(f"{folder} is not empty; name another folder, or add to the memory with mbpa-memory add")
             manifest = Manifest(identity, layout)
             files.create()
@@ -168,7 +171,7 @@ class Datastore:
                 f"entries could not be added to {self.folder}: {reason(error)}; the {len(self):,} that it counts are whole"
             ) from None
         self._adopt(manifest)
-        self._note_unchanged()
+        note_unchanged(self.folder, self._file_names())
 
     def search(self, queries_Cd: Tensor, count: int) -> Neighbours:
         """See `EntryStore.search`; how many of the nearest an approximate index finds is in `manifest.index.recall`."""
@@ -190,20 +193,42 @@ class Datastore:
         self._require_lock()
         chosen = kind or self._suitable_index()
         indexes.check_gpus(chosen, self._gpus)
-        self._check_fits(chosen, len(self))
-        record, index = None, None
-        if chosen != "flat" and len(self) > 1:
-            index, record = new_index(chosen, self._files, len(self), self._next_index_file(), on_progress)
-            record = replace(record, by_hand=kind is not None)
+        check_fits(self.folder, chosen, len(self), self.manifest.layout, self._memory_limit)
+        found = None
+        if self.manifest.keys_from:
+            found = longer_index(self.folder, self.manifest, chosen, self._files, on_progress)
+        elif chosen != "flat" and len(self) > 1:
+            found = new_index(self.folder, self.manifest, chosen, self._files, on_progress)
+        by_hand = kind is not None or (self.manifest.index is not None and self.manifest.index.by_hand)
+        record = None if found is None else replace(found[1], by_hand=by_hand)
         manifest = replace(self.manifest, index=record)
         try:
             write_manifest(self.folder, manifest)
         except OSError as error:
             raise DatastoreError(f"the index of {self.folder} could not be recorded: {reason(error)}") from None
         self.manifest = manifest
-        self._index = None if index is None else indexes.to_gpus(index, self._gpus)
+        self._index = None if found is None or record is None else OpenIndex(found[0], record, self._gpus)
         self._remove_leftovers()
-        self._note_unchanged()
+        note_unchanged(self.folder, self._file_names())
+
+    def give_up_keys(self) -> None:
+        """Keep keys in the index alone, which must hold all entries; they are then as exact as it keeps them.
+
+        Keys that are added later lie in the file until this is done again. Raises DatastoreError where there is no such index.
+        """
+        self._require_lock()
+        record = self.manifest.index
+        if record is None or record.entries < len(self):
+            raise DatastoreError(f"{self.folder} has no index over all its entries; make one first, with mbpa-memory index")
+        checksums = {**self.manifest.checksums, self._files.columns["keys"].file: []}
+        manifest = replace(self.manifest, keys_from=len(self), checksums=checksums)
+        try:
+            write_manifest(self.folder, manifest)
+            self._files.give_up_keys(len(self))
+        except OSError as error:
+            raise DatastoreError(f"the keys of {self.folder} could not be given up: {reason(error)}") from None
+        self.manifest = manifest
+        note_unchanged(self.folder, self._file_names())
 
     def damaged(self, on_progress: OnProgress = lambda size: None) -> str | None:
         """Return which file is not what was written, None where all are; reads everything. `on_progress` is told bytes."""
@@ -228,16 +253,18 @@ class Datastore:
 
     def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Return rows (C, k) that hold the nearest entries and some more, -1 where there are fewer."""
-        indexed, found, record = 0, [], self.manifest.index
-        if record is not None:
-            if self._index is None:
-                self._load_index()
-            indexed = record.entries
-            rows = self._index.search(queries, indexes.candidates(record.kind, count))[1]
-            found.append(np.where(rows < indexed, rows, -1))
+        indexed, found, index = 0, [], self._open_index()
+        if index is not None:
+            indexed = index.record.entries
+            found.append(index.candidates(queries, count))
         if indexed < len(self):
             found.append(search_blocks(self._keys, indexed, len(self), queries, count + SPARE_CANDIDATES)[1])
         return np.concatenate(found, axis=1) if found else np.full((len(queries), count), -1)
+
+    def _keys_of_index(self, rows: np.ndarray) -> np.ndarray:
+        index = self._open_index()
+        assert index is not None
+        return index.keys(rows)
 
     def _keys(self, begin: int, end: int) -> np.ndarray:
         """Return keys in single precision; those behind the index are kept so where they are few, for the next search."""
@@ -248,8 +275,9 @@ class Datastore:
         return self._last_keys[1]
 
     def _suitable_index(self) -> IndexKind:
-        if self.manifest.index is not None and self.manifest.index.by_hand:
-            return self.manifest.index.kind
+        record = self.manifest.index
+        if record is not None and (record.by_hand or self.manifest.keys_from):
+            return record.kind
         return indexes.choose_kind(len(self), self.manifest.layout, self._memory_limit)
 
     def _require_lock(self) -> None:
@@ -264,66 +292,37 @@ class Datastore:
 
     def _remove_leftovers(self) -> None:
         """Remove what interrupted writes have left."""
+        self._files.cut_off_keys()
         record = self.manifest.index
         for path in [*self.folder.glob("index-*.faiss"), *self.folder.glob(".*.saving")]:
             if record is None or path.name != record.file:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
-    def _next_index_file(self) -> Path:
-        """Return a path that no record names: an index is never written over the one in use."""
+    def _open_index(self) -> OpenIndex | None:
+        """Return the index, read when it is first asked for; None where there is none."""
         record = self.manifest.index
-        number = 1 if record is None else int(record.file.removeprefix("index-").removesuffix(".faiss")) + 1
-        return self.folder / f"index-{number}.faiss"
-
-    def _load_index(self) -> None:
-        record = self.manifest.index
-        if record is not None:
-            indexes.check_gpus(record.kind, self._gpus)
-            self._check_fits(record.kind, record.entries)
-            index = indexes.read_index(self.folder / record.file, record, self.manifest.layout.hidden_size)
-            indexes.set_effort(index, record.kind, record.search["effort"])
-            self._index = indexes.to_gpus(index, self._gpus)
-
-    def _check_fits(self, kind: IndexKind, entries: int) -> None:
-        if indexes.too_large(kind, entries, self.manifest.layout, self._memory_limit):
-            raise DatastoreError(
-                f"an index {kind} over the {entries:,} entries of {self.folder} takes more than a third of the "
-                f"{self._memory_limit / (1 << 30):g} GiB that memory.resident_gib allows; allow more, or make a smaller one: "
-                f"mbpa-memory index {self.folder} --kind ivf_pq"
-            )
+        if record is not None and self._index is None:
+            self._index = OpenIndex.read(self.folder, record, self.manifest.layout, self._memory_limit, self._gpus)
+        return self._index
 
     def _check_unchanged(self) -> None:
         """Refuse files whose content is not what was written.
 
         Those of the size and time that they had when they were last found whole are not read again.
         """
-        try:
-            known = json.loads((self.folder / UNCHANGED).read_text())
-        except (OSError, ValueError):
-            known = None
-        if known != self._stamps():
+        if not are_unchanged(self.folder, self._file_names()):
             damaged = self.damaged()
             if damaged is not None:
                 raise DatastoreError(
                     f"{self.folder / damaged} is not what was written: it was cut short or altered; put it back, or build the "
                     f"memory again"
                 )
-            self._note_unchanged()
+            note_unchanged(self.folder, self._file_names())
 
-    def _note_unchanged(self) -> None:
-        with contextlib.suppress(OSError):  # a folder that cannot be written is read again each time
-            replace_json(self.folder / UNCHANGED, self._stamps())
-
-    def _stamps(self) -> dict[str, list[int]]:
+    def _file_names(self) -> list[str]:
         record = self.manifest.index
-        names = [FILE, *(column.file for column in self._files.columns.values()), *([] if record is None else [record.file])]
-        stamps = {}
-        for name in names:
-            path = self.folder / name
-            if path.is_file():
-                stamps[name] = [path.stat().st_size, path.stat().st_mtime_ns]
-        return stamps
+        return [FILE, *(column.file for column in self._files.columns.values()), *([] if record is None else [record.file])]
 
 
 def _with(known: tuple[Source, ...], new: tuple[Source, ...]) -> tuple[Source, ...]:
