@@ -83,11 +83,18 @@ def _scan_directly(
 
 @compiled_part
 def _distance(key: np.ndarray, query: np.ndarray, copy: float) -> float:
+    total = squared_distance(key, query)
+    return float(total) if total > copy else 0.0
+
+
+@compiled_part
+def squared_distance(key: np.ndarray, query: np.ndarray) -> float:
+    """Return the squared distance, in the precision of the key."""
     total = key.dtype.type(0)
     for index in range(len(key)):
         difference = key[index] - query[index]
         total += difference * difference
-    return float(total) if total > copy else 0.0
+    return total  # type: ignore[no-any-return]
 
 
 @compiled_part

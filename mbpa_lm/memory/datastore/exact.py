@@ -5,11 +5,17 @@ Dimensions: `C` queries, `K` neighbours, `d` hidden size.
 
 from collections.abc import Callable
 
-import faiss
 import numpy as np
+import torch
+from torch import Tensor
+
+from mbpa_lm.memory.nearest import nearest
+from mbpa_lm.memory.nearest_plain import Search
 
 NUMBERS_AT_ONCE = 1 << 24
-"""Of keys that are in memory at once."""
+"""Of keys, or of products of queries and keys, that are in memory at once."""
+Keys = tuple[Tensor, Tensor]
+"""Keys in single precision, and their squared norms."""
 
 
 def rows_at_once(hidden_size: int) -> int:
@@ -17,23 +23,26 @@ def rows_at_once(hidden_size: int) -> int:
     return max(1, NUMBERS_AT_ONCE // hidden_size)
 
 
-def search_blocks(
-    keys: Callable[[int, int], np.ndarray], begin: int, end: int, queries_Cd: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return squared distances (C, K) and rows (C, K) of the nearest keys in [begin, end), the newer of equals.
+def with_norms(keys: np.ndarray) -> Keys:
+    """Return keys as they are searched."""
+    tensor = torch.from_numpy(keys)
+    return tensor, tensor.square().sum(1)
 
-    Where they are fewer, inf and -1. Args: keys(begin, end) reads consecutive keys in single precision. Distances are up to the
-    rounding of a matrix product.
+
+def search_blocks(read: Callable[[int, int], Keys], begin: int, end: int, queries_Cd: Tensor, count: int) -> Tensor:
+    """Return rows (C, K) of the nearest keys in [begin, end), the newer of equals; -1 where they are fewer.
+
+    Args: read(begin, end) gives consecutive keys.
     """
-    best_CK = np.full((len(queries_Cd), count), np.inf, dtype=np.float32)
-    rows_CK = np.full((len(queries_Cd), count), -1, dtype=np.int64)
-    step = rows_at_once(queries_Cd.shape[1])
+    best_CK = torch.full((len(queries_Cd), count), torch.inf)
+    rows_CK = torch.full((len(queries_Cd), count), -1)
+    step = max(1, NUMBERS_AT_ONCE // max(*queries_Cd.shape, 1))
     for first in reversed(range(begin, end, step)):
-        block = np.ascontiguousarray(keys(first, min(first + step, end))[::-1])  # of equals, FAISS keeps those that come first
-        distances, places = faiss.knn(queries_Cd, block, min(count, len(block)))
-        both = np.concatenate([best_CK, distances], axis=1)
-        kept = np.argsort(both, axis=1, kind="stable")[:, :count]
-        places = first + len(block) - 1 - places
-        rows_CK = np.take_along_axis(np.concatenate([rows_CK, places], axis=1), kept, axis=1)
-        best_CK = np.take_along_axis(both, kept, axis=1)
-    return best_CK, rows_CK
+        keys, squared_norms = read(first, min(first + step, end))
+        begins = torch.zeros(len(queries_Cd), dtype=torch.int64)
+        places, distances = nearest(Search(keys, squared_norms, queries_Cd, begins, begins + len(keys)), count)
+        both = torch.cat([best_CK, distances], dim=1)
+        best_CK, kept = both.sort(dim=1, stable=True)
+        best_CK, kept = best_CK[:, :count], kept[:, :count]  # of equals, those of later blocks come first
+        rows_CK = torch.cat([rows_CK, places + first], dim=1).gather(1, kept)
+    return torch.where(best_CK.isinf(), -1, rows_CK)

@@ -14,7 +14,7 @@ from mbpa_lm.durable import file_hash
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.datastore import index as indexes
 from mbpa_lm.memory.datastore.entry_files import EntryFiles
-from mbpa_lm.memory.datastore.exact import rows_at_once, search_blocks
+from mbpa_lm.memory.datastore.exact import rows_at_once, search_blocks, with_norms
 from mbpa_lm.memory.datastore.manifest import IndexKind, IndexRecord, Manifest
 
 RECALL_AT, RECALL_QUERIES, RECALL_WANTED = 32, 256, 0.95
@@ -87,13 +87,13 @@ def _search_hard_enough(
     Queries are keys from everywhere in the memory; that each finds itself does not count.
     """
     at, rows = min(RECALL_AT, count - 1), np.linspace(0, count - 1, min(RECALL_QUERIES, count)).astype(np.int64)
-    queries = files.rows("keys", rows).float().numpy()
+    queries = files.rows("keys", rows).float()
     on_progress("measuring recall", 0, 1)
-    nearest = search_blocks(files.keys, 0, count, queries, at + 1)[1]
+    nearest = search_blocks(lambda begin, end: with_norms(files.keys(begin, end)), 0, count, queries, at + 1).numpy()
     effort = indexes.first_effort(kind)
     while True:
         indexes.set_effort(index, kind, effort)
-        found = index.search(queries, indexes.candidates(kind, at + 1))[1]
+        found = index.search(queries.numpy(), indexes.candidates(kind, at + 1))[1]
         pairs = zip(nearest, found, rows, strict=True)
         hits = sum(len(set(wanted) & set(candidates) - {row}) for wanted, candidates, row in pairs)
         recall = hits / sum(len(set(wanted) - {row}) for wanted, row in zip(nearest, rows, strict=True))

@@ -24,7 +24,7 @@ from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.datastore import index as indexes
 from mbpa_lm.memory.datastore.entry_files import EntryFiles
-from mbpa_lm.memory.datastore.exact import search_blocks
+from mbpa_lm.memory.datastore.exact import Keys, search_blocks, with_norms
 from mbpa_lm.memory.datastore.indexing import OnIndexing, longer_index, new_index
 from mbpa_lm.memory.datastore.manifest import (
     FILE,
@@ -41,7 +41,6 @@ from mbpa_lm.memory.datastore.measuring import nearest_entries, read_entries
 from mbpa_lm.memory.datastore.open_index import OpenIndex, check_fits
 from mbpa_lm.memory.datastore.unchanged import FILE as UNCHANGED_FILE
 from mbpa_lm.memory.datastore.unchanged import are_unchanged, note_unchanged
-from mbpa_lm.memory.nearest_plain import SPARE_CANDIDATES
 
 INDEXED_SHARE = 0.9
 """Share of the entries below which an index is to be made again: the others are searched one by one."""
@@ -63,7 +62,7 @@ class Datastore:
             folder, manifest.layout, manifest.entries, memory_limit, manifest.keys_from, self._keys_of_index
         )
         self._index: OpenIndex | None = None
-        self._last_keys: tuple[tuple[int, int], np.ndarray] | None = None
+        self._last_keys: tuple[tuple[int, int], Keys] | None = None
         if not unchecked:
             self._check_unchanged()
             if lock is None:  # who writes may never search
@@ -175,7 +174,7 @@ class Datastore:
 
     def search(self, queries_Cd: Tensor, count: int) -> Neighbours:
         """See `EntryStore.search`; how many of the nearest an approximate index finds is in `manifest.index.recall`."""
-        queries = np.ascontiguousarray(queries_Cd.detach().float().cpu().numpy())
+        queries = queries_Cd.detach().float().cpu().contiguous()
         return nearest_entries(self._files, self._candidates(queries, count), queries_Cd, count)
 
     def needs_index(self, kind: IndexKind | None = None) -> bool:
@@ -251,27 +250,28 @@ class Datastore:
         """Return consecutive rows (n, width) of one column."""
         return self._files.between(name, begin, end)
 
-    def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
-        """Return rows (C, k) that hold the nearest entries and some more, -1 where there are fewer."""
+    def _candidates(self, queries_Cd: Tensor, count: int) -> Tensor:
+        """Return rows (C, n) that hold the nearest entries and some more, -1 where there are fewer."""
         indexed, found, index = 0, [], self._open_index()
         if index is not None:
             indexed = index.record.entries
-            found.append(index.candidates(queries, count))
+            found.append(torch.from_numpy(index.candidates(queries_Cd.numpy(), count)))
         if indexed < len(self):
-            found.append(search_blocks(self._keys, indexed, len(self), queries, count + SPARE_CANDIDATES)[1])
-        return np.concatenate(found, axis=1) if found else np.full((len(queries), count), -1)
+            found.append(search_blocks(self._keys, indexed, len(self), queries_Cd, count))
+        return torch.cat(found, dim=1) if found else torch.full((len(queries_Cd), count), -1)
 
     def _keys_of_index(self, rows: np.ndarray) -> np.ndarray:
+        """Return the keys (n, d) in given rows as the index keeps them."""
         index = self._open_index()
         assert index is not None
         return index.keys(rows)
 
-    def _keys(self, begin: int, end: int) -> np.ndarray:
-        """Return keys in single precision; those behind the index are kept so where they are few, for the next search."""
+    def _keys(self, begin: int, end: int) -> Keys:
+        """Return keys as they are searched; those behind the index are kept so where they are few, for the next search."""
         if end - begin > indexes.EXACT_UP_TO:
-            return self._files.keys(begin, end)
+            return with_norms(self._files.keys(begin, end))
         if self._last_keys is None or self._last_keys[0] != (begin, end):
-            self._last_keys = ((begin, end), self._files.keys(begin, end))
+            self._last_keys = ((begin, end), with_norms(self._files.keys(begin, end)))
         return self._last_keys[1]
 
     def _suitable_index(self) -> IndexKind:

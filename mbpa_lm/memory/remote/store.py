@@ -20,11 +20,14 @@ import threading
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mbpa_lm.errors import DatastoreError
 from mbpa_lm.memory.base import Entries, Neighbours, nearest_of
 from mbpa_lm.memory.datastore.manifest import Identity, Layout
-from mbpa_lm.memory.nearest_plain import SPARE_CANDIDATES, Search, choose, nearest_plain
+from mbpa_lm.memory.datastore.measuring import nearest_candidates
+from mbpa_lm.memory.nearest import nearest
+from mbpa_lm.memory.nearest_plain import SPARE_CANDIDATES, Search
 from mbpa_lm.memory.remote.collection import MOST_CANDIDATES, Collection
 from mbpa_lm.memory.remote.connection import Connection
 from mbpa_lm.memory.remote.rows import as_stored, joined, no_entries
@@ -113,7 +116,9 @@ class RemoteStore:
         limit = min(limit, most)
         for queries in queries_Cd.split(self._collection.queries_at_once(limit, before)):
             candidates = self._collection.search(queries, limit, before)
-            rows_Cn, distances_Cn = choose(candidates.entries.keys.float(), queries, candidates.rows_Cn, max(count, limit))
+            rows_Cn = pad(candidates.rows_Cn, (0, max(0, count - candidates.rows_Cn.shape[1])), value=-1)
+            keys_Cnd = candidates.entries.keys[rows_Cn.clamp(min=0)]
+            rows_Cn, distances_Cn, _ = nearest_candidates(keys_Cnd, rows_Cn, queries, rows_Cn.shape[1])
             found = neighbours(candidates.entries, candidates.positions_N, rows_Cn[:, :count], distances_Cn[:, :count])
             if limit < most:
                 farthest_C, last_C = distances_Cn[:, limit - 1], distances_Cn[:, count - 1]
@@ -148,8 +153,8 @@ def search_entries(entries: Entries, queries_Cd: Tensor, ends_C: Tensor, count: 
     if not len(entries.values):
         return nothing(entries, len(queries_Cd), count)
     keys_Nd = entries.keys.float()
-    norms_N, begins_C = keys_Nd.square().sum(1), torch.zeros_like(ends_C)
-    rows_CK, distances_CK = nearest_plain(Search(keys_Nd, norms_N, queries_Cd, begins_C, ends_C), count, queries_Cd @ keys_Nd.T)
+    search = Search(keys_Nd, keys_Nd.square().sum(1), queries_Cd, torch.zeros_like(ends_C), ends_C)
+    rows_CK, distances_CK = nearest(search, count)
     return neighbours(entries, torch.arange(len(keys_Nd)), rows_CK, distances_CK)
 
 
