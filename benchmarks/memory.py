@@ -7,7 +7,8 @@
 
 Random keys are noisy copies of one of 300 to 30,000 contexts. Each row runs in a process of its own. "one" and "many" are
 microseconds a query, asked alone and 256 at once, for 32 neighbours with their keys, words and log-partitions. "faiss" is the
-bare search of the very same index for as many candidates, or `faiss.knn` where there is none: distances and row numbers only;
+bare search of the very same index for as many candidates, or `faiss.knn` where there is none: distances and row numbers only,
+and "overhead" is what "many" takes more;
 "by hand" is that and the NumPy lines that fetch the neighbours' keys and words from arrays in memory, which is what a user
 would write instead. "exact" is `faiss.knn` over all keys in single precision. Recall is against it. Resident memory is that
 of the process, of which about 300 MB are Python, PyTorch and FAISS. Milvus Lite is there for its interface, not for its speed.
@@ -29,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mbpa_lm.machine import describe_machine, resident_bytes
+from mbpa_lm.machine import describe_machine, keep_freed_memory, resident_bytes
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.datastore.index import candidates
 from mbpa_lm.memory.datastore.manifest import Identity, Layout
@@ -202,6 +203,7 @@ def measure_milvus_lite(keys: Keys, folder: Path) -> Row:
 
 
 def measure(backend: str, count: int, d: int, folder: str, results: Any) -> None:
+    keep_freed_memory()  # as evaluate.py does
     keys = Keys(count, d)
     if backend == "window":
         row = measure_window(keys)
@@ -226,11 +228,12 @@ def configurations(arguments: argparse.Namespace) -> list[tuple[str, int, int]]:
 def save(rows: list[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": describe_machine(torch.device("cpu")), "rows": rows}, indent=1))
-    table = Table("memory", "keys", "d", "built/s", "disk MB", "resident MB", *COLUMNS[3:])
+    table = Table("memory", "keys", "d", "built/s", "disk MB", "resident MB", *COLUMNS[3:-1], "overhead", "recall")
     for row in rows:
         sizes = [f"{row.get('build', 0):,.0f}", f"{row['disk'] / 1e6:,.0f}", f"{row['resident'] / 1e6:,.0f}"]
         times = [f"{row[name]:,.0f}" if name in row else "" for name in COLUMNS[3:-1]]
-        table.add_row(row["kind"], f"{row['keys']:,}", str(row["d"]), *sizes, *times, f"{row['recall']:.1%}")
+        overhead = f"{row['many'] / row['faiss'] - 1:+.0%}" if "faiss" in row else ""
+        table.add_row(row["kind"], f"{row['keys']:,}", str(row["d"]), *sizes, *times, overhead, f"{row['recall']:.1%}")
     Console(width=150).print(table)
 
 

@@ -131,7 +131,7 @@ class EntryFiles:
         found = np.zeros((len(rows), column.width), column.bits)
         if name not in self._maps:
             return column.decode(found)
-        step = max(1, self.memory_limit // 8 // PAGES_AT_ONCE) if self.memory_limit else max(1, len(rows))
+        step = self.rows_within_limit()
         for begin in range(0, len(rows), step):
             np.take(self._maps[name], rows[begin : begin + step], axis=0, out=found[begin : begin + step], mode="clip")
             self.keep_to_limit()
@@ -148,6 +148,20 @@ class EntryFiles:
     def keys(self, begin: int, end: int) -> np.ndarray:
         """Return consecutive keys (end - begin, d) in single precision."""
         return np.asarray(self.between("keys", begin, end).float().numpy())
+
+    def keys_at(self, rows_Cn: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys (N, d) as they are stored, not to be written to, and where among them (C, n) those of the rows are.
+
+        A row of -1 is anywhere.
+        """
+        if not self._keys_from and self._count:
+            return self.columns["keys"].decode(self._maps["keys"]), rows_Cn.clamp(min=0)
+        keys = self.rows("keys", rows_Cn.clamp(min=0).flatten().numpy())
+        return keys, torch.arange(rows_Cn.numel()).view(rows_Cn.shape)
+
+    def rows_within_limit(self) -> int:
+        """Return how many rows may be read before `keep_to_limit`."""
+        return max(1, self.memory_limit // 8 // PAGES_AT_ONCE) if self.memory_limit else 1 << 62
 
     def keep_to_limit(self) -> None:
         """Give back the pages that reading has made resident where there are too many; the disk's cache keeps them."""
@@ -244,7 +258,7 @@ class EntryFiles:
                         f"build the memory again"
                     )
                 if count:
-                    maps[name] = np.memmap(path, dtype=column.bits, mode="r", shape=(count, column.width))
+                    maps[name] = np.memmap(path, dtype=column.bits, mode="c", shape=(count, column.width))
             except FileNotFoundError:
                 if self._count:
                     raise DatastoreError(f"{path} cannot be read: it is not there; put it back, or build again") from None
