@@ -8,7 +8,7 @@
 Random keys are noisy copies of one of 300 to 30,000 contexts. Each row runs in a process of its own. "one" and "many" are
 microseconds a query, asked alone and 256 at once, for 32 neighbours with their keys, words and log-partitions. "faiss" is the
 bare search of the very same index for as many candidates, or `faiss.knn` where there is none: distances and row numbers only,
-and "overhead" is what "many" takes more;
+for one query and for many, and "overhead" is what "many" takes more than it;
 "by hand" is that and the NumPy lines that fetch the neighbours' keys and words from arrays in memory, which is what a user
 would write instead. "exact" is `faiss.knn` over all keys in single precision. Recall is against it. Resident memory is that
 of the process, of which about 300 MB are Python, PyTorch and FAISS. Milvus Lite is there for its interface, not for its speed.
@@ -38,18 +38,21 @@ from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory.window import WindowMemory
 
 K, QUERIES, WRITTEN_AT_ONCE = 32, 256, 1 << 16
-COLUMNS = ("build", "disk", "resident", "one", "many", "faiss", "by hand", "exact", "recall")
+TIMES = ("one", "faiss one", "many", "faiss", "by hand", "exact")
 Row = dict[str, Any]
 
 
-def median_seconds(call: Callable[[], object], seconds: float = 1.0) -> float:
-    call()
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < 3:
-        start = time.perf_counter()
+def median_seconds(*calls: Callable[[], object], seconds: float = 1.0) -> list[float]:
+    """Return the median time of each call; they take turns, so that what disturbs one disturbs all."""
+    for call in calls:
         call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    times: list[list[float]] = [[] for _ in calls]
+    while min(map(sum, times)) < seconds or len(times[0]) < 3:
+        for call, of_call in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            of_call.append(time.perf_counter() - start)
+    return [float(np.median(of_call)) for of_call in times]
 
 
 class Keys:
@@ -116,8 +119,6 @@ def measure_existing(folder: Path, of_queries: Path) -> Row:
 
 def measure_search(store: Datastore, queries: torch.Tensor, all_keys: Callable[[], np.ndarray]) -> Row:
     record = store.manifest.index
-    many = median_seconds(lambda: store.search(queries, K)) / QUERIES
-    one = median_seconds(lambda: store.search(queries[:1], K))
     found = store.search(queries, K).positions.numpy()
     resident = resident_bytes()
     everything, asked = all_keys(), queries.numpy()
@@ -126,26 +127,29 @@ def measure_search(store: Datastore, queries: torch.Tensor, all_keys: Callable[[
     exact = (time.perf_counter() - start_exact) / QUERIES
     wanted = K + 8 if record is None else candidates(record.kind, K)
 
-    def bare() -> tuple[np.ndarray, np.ndarray]:
-        found = faiss.knn(asked, everything, wanted) if store._index is None else store._index.searched.search(asked, wanted)
+    def bare(of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = faiss.knn(of, everything, wanted) if store._index is None else store._index.searched.search(of, wanted)
         return found  # type: ignore[no-any-return]
 
     half, values = everything.astype(np.float16), np.arange(len(store))
     log_partitions = np.zeros(len(store), np.float32)
 
     def by_hand() -> object:
-        rows = bare()[1]
+        rows = bare(asked)[1]
         measured = np.square(half[rows].astype(np.float32) - asked[:, None]).sum(-1)
         nearest = np.take_along_axis(rows, measured.argsort(axis=1)[:, :K], axis=1)
         return half[nearest], values[nearest], log_partitions[nearest]
 
+    one, bare_one = median_seconds(lambda: store.search(queries[:1], K), lambda: bare(asked[:1]))
+    many, bare_many, hand = median_seconds(lambda: store.search(queries, K), lambda: bare(asked), by_hand)
     return {
         "kind": "flat" if record is None else f"{record.kind}, effort {record.search['effort']} of {record.search['cells']}",
         "resident": resident,
         "one": one * 1e6,
-        "many": many * 1e6,
-        "faiss": median_seconds(bare) / QUERIES * 1e6,
-        "by hand": median_seconds(by_hand) / QUERIES * 1e6,
+        "faiss one": bare_one * 1e6,
+        "many": many / QUERIES * 1e6,
+        "faiss": bare_many / QUERIES * 1e6,
+        "by hand": hand / QUERIES * 1e6,
         "exact": exact * 1e6,
         "recall": float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found, expected, strict=True)])),
     }
@@ -159,19 +163,19 @@ def measure_window(keys: Keys) -> Row:
         memory._append(entries_of(everything[begin : begin + 4096]))
     built = time.perf_counter()
     queries = entries_of(keys.queries())
-    many = median_seconds(lambda: memory.read_and_write(queries, K)) / QUERIES
-    one = median_seconds(lambda: memory.read_and_write(queries.rows(slice(0, 1)), K))
-    asked, array = queries.keys.numpy(), everything.numpy()
-    exact = median_seconds(lambda: faiss.knn(asked, array, K)) / QUERIES
+    asked, array, first = queries.keys.numpy(), everything.numpy(), queries.rows(slice(0, 1))
+    one, bare_one = median_seconds(lambda: memory.read_and_write(first, K), lambda: faiss.knn(asked[:1], array, K))
+    many, exact = median_seconds(lambda: memory.read_and_write(queries, K), lambda: faiss.knn(asked, array, K))
     return {
         "kind": "window",
         "build": keys.count / (built - start),
         "disk": 0,
         "resident": resident_bytes(),
         "one": one * 1e6,
-        "many": many * 1e6,
-        "faiss": exact * 1e6,
-        "exact": exact * 1e6,
+        "faiss one": bare_one * 1e6,
+        "many": many / QUERIES * 1e6,
+        "faiss": exact / QUERIES * 1e6,
+        "exact": exact / QUERIES * 1e6,
         "recall": 1.0,
     }
 
@@ -187,17 +191,16 @@ def measure_milvus_lite(keys: Keys, folder: Path) -> Row:
         store.flush()
         built = time.perf_counter()
         queries = keys.queries()
-        many = median_seconds(lambda: store.search(queries, K)) / QUERIES
-        one = median_seconds(lambda: store.search(queries[:1], K))
-        exact = median_seconds(lambda: faiss.knn(queries.numpy(), everything, K)) / QUERIES
+        one, many = median_seconds(lambda: store.search(queries[:1], K), lambda: store.search(queries, K))
+        exact = median_seconds(lambda: faiss.knn(queries.numpy(), everything, K))[0]
     return {
         "kind": "Milvus Lite",
         "build": keys.count / (built - start),
         "disk": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         "resident": resident_bytes(),
         "one": one * 1e6,
-        "many": many * 1e6,
-        "exact": exact * 1e6,
+        "many": many / QUERIES * 1e6,
+        "exact": exact / QUERIES * 1e6,
         "recall": 1.0,
     }
 
@@ -228,10 +231,10 @@ def configurations(arguments: argparse.Namespace) -> list[tuple[str, int, int]]:
 def save(rows: list[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": describe_machine(torch.device("cpu")), "rows": rows}, indent=1))
-    table = Table("memory", "keys", "d", "built/s", "disk MB", "resident MB", *COLUMNS[3:-1], "overhead", "recall")
+    table = Table("memory", "keys", "d", "built/s", "disk MB", "resident MB", *TIMES, "overhead", "recall")
     for row in rows:
         sizes = [f"{row.get('build', 0):,.0f}", f"{row['disk'] / 1e6:,.0f}", f"{row['resident'] / 1e6:,.0f}"]
-        times = [f"{row[name]:,.0f}" if name in row else "" for name in COLUMNS[3:-1]]
+        times = [f"{row[name]:,.0f}" if name in row else "" for name in TIMES]
         overhead = f"{row['many'] / row['faiss'] - 1:+.0%}" if "faiss" in row else ""
         table.add_row(row["kind"], f"{row['keys']:,}", str(row["d"]), *sizes, *times, overhead, f"{row['recall']:.1%}")
     Console(width=150).print(table)

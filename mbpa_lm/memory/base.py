@@ -75,6 +75,11 @@ class Neighbours:
         """Return them as written after so many others."""
         return replace(self, positions=torch.where(self.positions < 0, self.positions, self.positions + entries))
 
+    def on(self, device: torch.device) -> "Neighbours":
+        """Return them on a device."""
+        entries = Entries(*(tensor.to(device) for tensor in self.entries.tensors()))
+        return Neighbours(entries, self.squared_distances.to(device), self.positions.to(device))
+
     def at(self, columns: Tensor) -> "Neighbours":
         """Return those in the given columns (C, k)."""
         rows = torch.arange(len(columns), device=columns.device)[:, None]

@@ -29,6 +29,8 @@ READ_AT_ONCE = 1 << 23
 """Bytes that are read at once where a whole file is."""
 PAGES_AT_ONCE = 1 << 16
 """Bytes that may become resident when one row is read: the kernel maps neighbouring pages too."""
+COLUMNS = 6
+"""Most that an entry has."""
 KeysOfIndex = Callable[[np.ndarray], np.ndarray]
 STORED_AS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -159,9 +161,14 @@ class EntryFiles:
         keys = self.rows("keys", rows_Cn.clamp(min=0).flatten().numpy())
         return keys, torch.arange(rows_Cn.numel()).view(rows_Cn.shape)
 
+    def all_rows(self, name: str) -> np.ndarray:
+        """Return a whole column (N, width) as it is mapped, not to be written to."""
+        column = self.columns[name]
+        return np.asarray(self._maps[name]) if self._count else np.zeros((1, column.width), column.bits)
+
     def rows_within_limit(self) -> int:
         """Return how many rows may be read before `keep_to_limit`."""
-        return max(1, self.memory_limit // 8 // PAGES_AT_ONCE) if self.memory_limit else 1 << 62
+        return max(1, self.memory_limit // 8 // COLUMNS // PAGES_AT_ONCE) if self.memory_limit else 1 << 62
 
     def keep_to_limit(self) -> None:
         """Give back the pages that reading has made resident where there are too many; the disk's cache keeps them."""

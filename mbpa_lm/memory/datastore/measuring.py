@@ -1,6 +1,6 @@
 """Candidates of a search measured against the stored keys, and the nearest of them read.
 
-Dimensions: `C` queries, `n` candidates, `K` neighbours, `d` hidden size.
+Dimensions: `C` queries, `n` candidates, `K` neighbours, `d` hidden size, `c` likely words.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.datastore.entry_files import EntryFiles
-from mbpa_lm.memory.datastore.measuring_compiled import BFLOAT16, FLOAT16, FLOAT32, fill_in_measured
+from mbpa_lm.memory.datastore.measuring_compiled import BFLOAT16, FLOAT16, FLOAT32, fill_in_entries, fill_in_measured
 
 NUMBER_TYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
@@ -22,31 +22,30 @@ def nearest_entries(files: EntryFiles, candidates_Cn: Tensor, queries_Cd: Tensor
     Distances are squared Euclidean, in single precision. Fewer candidates than K leave places empty.
     """
     missing = max(0, count - candidates_Cn.shape[1])
-    rows_Cn = torch.nn.functional.pad(candidates_Cn, (0, missing), value=-1)
-    at_once = files.rows_within_limit() // max(1, rows_Cn.shape[1]) or 1
+    rows_Cn = torch.nn.functional.pad(candidates_Cn, (0, missing), value=-1) if missing else candidates_Cn
+    at_once = max(1, files.rows_within_limit() // rows_Cn.shape[1])
+    if len(rows_Cn) <= at_once:
+        return _nearest_of_some(files, rows_Cn, queries_Cd, count)
     pairs = zip(rows_Cn.split(at_once), queries_Cd.split(at_once), strict=True)
     return Neighbours.joined([_nearest_of_some(files, rows, queries, count) for rows, queries in pairs])
 
 
 def nearest_candidates(
     keys_Nd: Tensor, places_Cn: Tensor, rows_Cn: Tensor, queries_Cd: Tensor, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows (C, K), distances (C, K), and which of the candidates they are (C, K), of the nearest K; on a CPU.
+) -> tuple[Tensor, Tensor]:
+    """Return rows (C, K) and distances (C, K) of the nearest K candidates; on a CPU.
 
     Args: keys, finite, and where each candidate's is among them; the rows that say which of equals is the newer, -1 for none.
     """
-    rows_CK, kept_CK = torch.empty(2, len(rows_Cn), count, dtype=torch.int64)
-    distances_CK = torch.empty(len(rows_Cn), count)
-    bits = keys_Nd.view(torch.int32 if keys_Nd.dtype == torch.float32 else torch.int16).numpy()
-    unsigned = bits.view(np.uint32 if keys_Nd.dtype == torch.float32 else np.uint16)
-    arrays = (queries_Cd.float().contiguous(), places_Cn, rows_Cn, rows_CK, distances_CK, kept_CK)
-    fill_in_measured(unsigned, NUMBER_TYPES[keys_Nd.dtype], *(array.numpy() for array in arrays))
-    return rows_CK, distances_CK, kept_CK
+    rows_CK, distances_CK = _places(rows_Cn, count)
+    arrays = (queries_Cd.float().contiguous(), places_Cn, rows_Cn, rows_CK, distances_CK)
+    fill_in_measured(_bits(keys_Nd), NUMBER_TYPES[keys_Nd.dtype], *(array.numpy() for array in arrays))
+    return rows_CK, distances_CK
 
 
-def read_entries(read: Callable[[str], Tensor], likely_words: int, keys: Tensor | None = None) -> Entries:
-    """Return entries from columns (..., width) that `read` gives by their names, and the keys if they are at hand."""
-    keys = read("keys") if keys is None else keys
+def read_entries(read: Callable[[str], Tensor], likely_words: int) -> Entries:
+    """Return entries from columns (..., width) that `read` gives by their names."""
+    keys = read("keys")
     nothing = keys.new_empty(*keys.shape[:-1], 0)
     return Entries(
         keys,
@@ -58,19 +57,39 @@ def read_entries(read: Callable[[str], Tensor], likely_words: int, keys: Tensor 
 
 
 def _nearest_of_some(files: EntryFiles, rows_Cn: Tensor, queries_Cd: Tensor, count: int) -> Neighbours:
-    keys_Nd, places_Cn = files.keys_at(rows_Cn)
-    rows_CK, distances_CK, kept_CK = nearest_candidates(keys_Nd, places_Cn, rows_Cn, queries_Cd.detach().cpu(), count)
-    empty_CK = rows_CK < 0
-    any_empty = bool(empty_CK.any())
-
-    def cleared(found: Tensor) -> Tensor:
-        found = found.view(*rows_CK.shape, -1)
-        return found.masked_fill_(empty_CK[..., None], 0) if any_empty else found
-
-    keys_CKd = cleared(keys_Nd.index_select(0, places_Cn.gather(1, kept_CK).flatten()))
-    rows = rows_CK.clamp(min=0).flatten().numpy()
-    entries = read_entries(lambda name: cleared(files.rows(name, rows)), files.layout.likely_words, keys_CKd)
+    all_keys_Nd, places_Cn = files.keys_at(rows_Cn)
+    rows_CK, distances_CK = _places(rows_Cn, count)
+    keys_CKd = all_keys_Nd.new_empty(*rows_CK.shape, files.layout.hidden_size)
+    values_CK, log_partitions_CK = torch.empty_like(rows_CK), torch.empty_like(distances_CK)
+    arrays = (queries_Cd.detach().cpu().float().contiguous().numpy(), places_Cn.numpy(), rows_Cn.numpy())
+    columns = (files.all_rows("values"), files.all_rows("log_partitions"))
+    filled = (rows_CK.numpy(), distances_CK.numpy(), _bits(keys_CKd), values_CK.numpy(), log_partitions_CK.numpy())
+    fill_in_entries(_bits(all_keys_Nd), NUMBER_TYPES[all_keys_Nd.dtype], *arrays, *columns, *filled)
+    entries = Entries(keys_CKd, values_CK, log_partitions_CK, *_likely_words(files, rows_CK, keys_CKd))
     files.keep_to_limit()
-    device = queries_Cd.device
-    on_device = Entries(*(tensor.to(device) for tensor in entries.tensors()))
-    return Neighbours(on_device, distances_CK.to(device), rows_CK.to(device))
+    found = Neighbours(entries, distances_CK, rows_CK)
+    return found if queries_Cd.device.type == "cpu" else found.on(queries_Cd.device)
+
+
+def _likely_words(files: EntryFiles, rows_CK: Tensor, keys_CKd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the likely words (C, K, c) of entries and their probabilities (C, K, c), zeros where a row is -1."""
+    if not files.layout.likely_words:
+        nothing = keys_CKd.new_empty(*rows_CK.shape, 0)
+        return nothing.int(), nothing
+    rows, empty_CK1 = rows_CK.clamp(min=0).flatten().numpy(), (rows_CK < 0)[..., None]
+    words, probabilities = (
+        files.rows(name, rows).view(*rows_CK.shape, -1).masked_fill_(empty_CK1, 0)
+        for name in ("likely_words", "likely_probabilities")
+    )
+    return words, probabilities
+
+
+def _places(rows_Cn: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(len(rows_Cn), count, dtype=torch.int64), torch.empty(len(rows_Cn), count)
+
+
+def _bits(numbers: Tensor) -> np.ndarray:
+    """Return numbers as the unsigned integers that share their memory."""
+    if numbers.dtype == torch.float32:
+        return numbers.numpy().view(np.uint32)
+    return numbers.view(torch.int16).numpy().view(np.uint16)

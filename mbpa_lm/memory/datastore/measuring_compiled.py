@@ -1,4 +1,8 @@
-"""The inner loop of `measuring.py`: keys are read as the bits that lie in the file, widened row by row, and never copied."""
+"""The inner loops of `measuring.py`: keys are read as the bits that lie in the file, widened row by row, and never copied.
+
+Of candidates (C, n), `places` says where in `bits` (N, d) the key of each is; one of -1 is at distance inf. The newer of equals
+comes first.
+"""
 
 import numpy as np
 from numba import prange
@@ -18,34 +22,68 @@ def fill_in_measured(
     candidates: np.ndarray,
     rows: np.ndarray,
     distances: np.ndarray,
-    kept: np.ndarray,
 ) -> None:
-    """Fill `rows`, `distances` and `kept` (C, K) with the nearest of the candidates (C, n), the newer first among equals.
-
-    `places` (C, n) says where in `bits` (N, d) the key of a candidate is, `kept` which of the candidates was taken. One of -1
-    is at distance inf.
-    """
-    count = rows.shape[1]
+    """Fill `rows` and `distances` (C, K) with the nearest of the candidates."""
     for query in prange(len(queries)):
-        near = np.empty(candidates.shape[1], np.float32)
-        order = np.empty(candidates.shape[1], np.int64)
-        key = np.empty(queries.shape[1], np.float32)
-        for candidate in range(candidates.shape[1]):
-            row, distance = candidates[query, candidate], np.float32(np.inf)
-            if row >= 0:
-                _widen(bits[places[query, candidate]], number_type, key)
-                distance = squared_distance(key, queries[query])
-            place = candidate
-            while place > 0 and (
-                near[place - 1] > distance or (near[place - 1] == distance and candidates[query, order[place - 1]] < row)
-            ):
-                near[place], order[place] = near[place - 1], order[place - 1]
-                place -= 1
-            near[place], order[place] = distance, candidate
-        for place in range(count):
-            kept[query, place] = order[place]
+        near, order = _measure(bits, number_type, queries[query], places[query], candidates[query])
+        for place in range(rows.shape[1]):
             distances[query, place] = near[place]
             rows[query, place] = candidates[query, order[place]]
+
+
+@compiled_loop
+def fill_in_entries(
+    bits: np.ndarray,
+    number_type: int,
+    queries: np.ndarray,
+    places: np.ndarray,
+    candidates: np.ndarray,
+    all_values: np.ndarray,
+    all_log_partitions: np.ndarray,
+    rows: np.ndarray,
+    distances: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    log_partitions: np.ndarray,
+) -> None:
+    """Fill `rows` and `distances` (C, K), and with what the nearest entries hold `keys` (C, K, d), as bits, and the others."""
+    for query in prange(len(queries)):
+        near, order = _measure(bits, number_type, queries[query], places[query], candidates[query])
+        for place in range(rows.shape[1]):
+            row = candidates[query, order[place]]
+            distances[query, place] = near[place]
+            rows[query, place] = row
+            if row >= 0:
+                keys[query, place] = bits[places[query, order[place]]]
+                values[query, place] = all_values[row, 0]
+                log_partitions[query, place] = all_log_partitions[row, 0]
+            else:
+                keys[query, place] = 0
+                values[query, place] = 0
+                log_partitions[query, place] = 0
+
+
+@compiled_part
+def _measure(
+    bits: np.ndarray, number_type: int, query: np.ndarray, places: np.ndarray, candidates: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distances of all candidates, nearest first, and which candidate each is of."""
+    near = np.empty(len(candidates), np.float32)
+    order = np.empty(len(candidates), np.int64)
+    key = np.empty(len(query), np.float32)
+    for candidate in range(len(candidates)):
+        row, distance = candidates[candidate], np.float32(np.inf)
+        if row >= 0:
+            _widen(bits[places[candidate]], number_type, key)
+            distance = squared_distance(key, query)
+        place = candidate
+        while place > 0 and (
+            near[place - 1] > distance or (near[place - 1] == distance and candidates[order[place - 1]] < row)
+        ):
+            near[place], order[place] = near[place - 1], order[place - 1]
+            place -= 1
+        near[place], order[place] = distance, candidate
+    return near, order
 
 
 @compiled_part

@@ -258,7 +258,9 @@ class Datastore:
             found.append(torch.from_numpy(index.candidates(queries_Cd.numpy(), count)))
         if indexed < len(self):
             found.append(search_blocks(self._keys, indexed, len(self), queries_Cd, count))
-        return torch.cat(found, dim=1) if found else torch.full((len(queries_Cd), count), -1)
+        if not found:
+            return torch.full((len(queries_Cd), count), -1)
+        return torch.cat(found, dim=1) if len(found) > 1 else found[0]
 
     def _keys_of_index(self, rows: np.ndarray) -> np.ndarray:
         """Return the keys (n, d) in given rows as the index keeps them."""

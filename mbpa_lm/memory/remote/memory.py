@@ -19,7 +19,7 @@ from torch import Tensor
 from mbpa_lm.memory.base import Entries, Neighbours, nearest_of
 from mbpa_lm.memory.composite import REFINED
 from mbpa_lm.memory.remote.rows import as_stored
-from mbpa_lm.memory.remote.store import RemoteStore, search_entries, to_device
+from mbpa_lm.memory.remote.store import RemoteStore, search_entries
 
 QUERIES_AT_ONCE = 256
 
@@ -90,7 +90,7 @@ class RemoteMemory:
         known = self._known(keys_Cd, candidates)
         own = self._own(new, keys_Cd, stored_C.cumsum(0) - stored_C.long(), candidates).later(before)
         self._store.add(new)
-        return self._measured(nearest_of([known, to_device(own, keys_Cd.device)], candidates), keys_Cd, count)
+        return self._measured(nearest_of([known, own.on(keys_Cd.device)], candidates), keys_Cd, count)
 
     def _known(self, keys_Cd: Tensor, count: int) -> Neighbours:
         begun, self._begun = self._begun, None

@@ -106,7 +106,7 @@ class RemoteStore:
             waiting = joined(others)
             ends_C = torch.full((len(queries),), len(waiting.values))
             parts.append(search_entries(waiting, queries, ends_C, count).later(acknowledged))
-        return to_device(nearest_of(parts, count), queries_Cd.device)
+        return nearest_of(parts, count).on(queries_Cd.device)
 
     def _search_server(self, queries_Cd: Tensor, count: int, limit: int, before: int) -> Neighbours:
         """Return the nearest of the first `before` entries, chosen among `limit` candidates or, where need be, more."""
@@ -118,7 +118,7 @@ class RemoteStore:
             candidates = self._collection.search(queries, limit, before)
             rows_Cn = pad(candidates.rows_Cn, (0, max(0, count - candidates.rows_Cn.shape[1])), value=-1)
             places_Cn, wanted = rows_Cn.clamp(min=0), rows_Cn.shape[1]
-            rows_Cn, distances_Cn, _ = nearest_candidates(candidates.entries.keys, places_Cn, rows_Cn, queries, wanted)
+            rows_Cn, distances_Cn = nearest_candidates(candidates.entries.keys, places_Cn, rows_Cn, queries, wanted)
             found = neighbours(candidates.entries, candidates.positions_N, rows_Cn[:, :count], distances_Cn[:, :count])
             if limit < most:
                 farthest_C, last_C = distances_Cn[:, limit - 1], distances_Cn[:, count - 1]
@@ -171,12 +171,6 @@ def nothing(like: Entries, queries: int, count: int) -> Neighbours:
     """Return neighbours of which every place is empty, in the types of these entries."""
     entries = Entries(*(tensor.new_zeros(queries, count, *tensor.shape[1:]) for tensor in like.tensors()))
     return Neighbours(entries, torch.full((queries, count), torch.inf), torch.full((queries, count), -1))
-
-
-def to_device(found: Neighbours, device: torch.device) -> Neighbours:
-    """Return them on the device of the queries."""
-    entries = Entries(*(tensor.to(device) for tensor in found.entries.tensors()))
-    return Neighbours(entries, found.squared_distances.to(device), found.positions.to(device))
 
 
 def _tensors(found: Neighbours) -> tuple[Tensor, ...]:
