@@ -53,9 +53,14 @@ def choose_kind(entries: int, layout: Layout, memory_limit: int = 0) -> IndexKin
 
 def too_large(kind: IndexKind, entries: int, layout: Layout, memory_limit: int) -> bool:
     """Say whether an index would take more than its third of the resident bytes that there may be (0: any number)."""
+    return bool(memory_limit) and index_bytes(kind, entries, layout) > memory_limit // 3
+
+
+def index_bytes(kind: IndexKind, entries: int, layout: Layout) -> int:
+    """Return about how many bytes of memory an index takes, beside its centroids."""
     d = layout.hidden_size
     keys = {"flat": 0, "ivf_flat": 2 * d, "ivf_pq": _code_parts(d), "hnsw": 2 * d + 8 * LINKS, "cagra": 4 * d + 8 * LINKS}
-    return bool(memory_limit) and entries * (keys[kind] + (8 if kind in WITH_CELLS else 0)) > memory_limit // 3
+    return entries * (keys[kind] + (8 if kind in WITH_CELLS else 0))
 
 
 def choose_cells(entries: int, hidden_size: int, memory_limit: int = 0) -> int:

@@ -71,6 +71,8 @@ def _measure(
     near = np.empty(len(candidates), np.float32)
     order = np.empty(len(candidates), np.int64)
     key = np.empty(len(query), np.float32)
+    for candidate in range(len(candidates)):  # rows lie anywhere: ask for all of them before waiting for one
+        order[candidate] = bits[places[candidate], 0] + bits[places[candidate], len(query) // 2]
     for candidate in range(len(candidates)):
         row, distance = candidates[candidate], np.float32(np.inf)
         if row >= 0:
