@@ -14,7 +14,7 @@ from mbpa_lm.data.streams import open_stream
 from mbpa_lm.data.text_files import WholeText
 from mbpa_lm.datastores import GIB, build, build_index, identity_of, likely_words_kept, limit_of
 from mbpa_lm.errors import DatastoreError, reason
-from mbpa_lm.machine import pick_device
+from mbpa_lm.machine import peak_memory_bytes, pick_device
 from mbpa_lm.memory.datastore.entry_files import columns
 from mbpa_lm.memory.datastore.maintenance import append_store, check_alike, check_whole, export
 from mbpa_lm.memory.datastore.manifest import FILE, IndexKind, Layout
@@ -42,6 +42,7 @@ def build_memory(config: Config, checkpoint_path: Path, folder: Path, text_path:
             raise DatastoreError(f"{folder} holds {store.manifest.sources[0].name} already; use mbpa-memory add for more text")
         build(store, checkpoint, text, config.memory)
     show_memory(folder)
+    _show_peak()
 
 
 def add_to_memory(config: Config, checkpoint_path: Path, folder: Path, text_path: Path) -> None:
@@ -50,6 +51,7 @@ def add_to_memory(config: Config, checkpoint_path: Path, folder: Path, text_path
     with _open_to_write(config, checkpoint, folder) as store:
         build(store, checkpoint, _read(config, checkpoint, text_path), config.memory)
     show_memory(folder)
+    _show_peak()
 
 
 def index_memory(folder: Path, kind: IndexKind | None, resident_gib: float = 0) -> None:
@@ -177,6 +179,10 @@ def _is_there(folder: Path) -> bool:
 
 def _open_to_write(config: Config, checkpoint: Checkpoint, folder: Path) -> Datastore:
     return Datastore.open(folder, identity_of(checkpoint), limit_of(config.memory), writable=True)
+
+
+def _show_peak() -> None:
+    console.print(f"this took at most {peak_memory_bytes() / GIB:.2f} GiB of resident memory")
 
 
 def _size(count: float) -> str:
