@@ -160,7 +160,7 @@ def measure_window(keys: Keys) -> Row:
     everything = torch.from_numpy(keys.all())
     start = time.perf_counter()
     for begin in range(0, keys.count, 4096):
-        memory._append(entries_of(everything[begin : begin + 4096]))
+        memory.write(entries_of(everything[begin : begin + 4096]))
     built = time.perf_counter()
     queries = entries_of(keys.queries())
     asked, array, first = queries.keys.numpy(), everything.numpy(), queries.rows(slice(0, 1))

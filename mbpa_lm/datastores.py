@@ -13,6 +13,7 @@ from mbpa_lm.durable import hold
 from mbpa_lm.errors import DatastoreError
 from mbpa_lm.memory.datastore.manifest import FILE, Identity, IndexKind, Layout, read_manifest
 from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.models.base import LanguageModel
 from mbpa_lm.progress import ProgressBar
 from mbpa_lm.remember import Text, remember
 
@@ -107,7 +108,7 @@ def training_datastore(config: Config, checkpoint: Checkpoint, training_text: Ca
             _remove(folder)
             Datastore.create(folder, identity, layout, limit).close()
         with Datastore.open(folder, identity, limit, writable=True, gpus=memory.gpus) as store:
-            build(store, checkpoint, text, memory)
+            build(store, checkpoint.model, text, memory)
         return open_one(config, checkpoint, folder)
     finally:
         os.close(lock)
@@ -148,10 +149,10 @@ def index_kind(memory: MemoryConfig) -> IndexKind | None:
     return None if memory.index == "auto" else memory.index
 
 
-def build(store: Datastore, checkpoint: Checkpoint, text: Text, memory: MemoryConfig) -> None:
+def build(store: Datastore, model: LanguageModel, text: Text, memory: MemoryConfig) -> None:
     """Add a text to a store and index it, with progress on the terminal."""
     with ProgressBar(f"remembering {text.name}", len(text.tokens) - 1, "entries") as progress:
-        remember(store, checkpoint.model, text, progress.reach)
+        remember(store, model, text, progress.reach)
     if store.needs_index(index_kind(memory)):
         build_index(store, index_kind(memory))
 

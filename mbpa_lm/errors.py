@@ -65,3 +65,9 @@ class AdaptationError(MbpaError):
     """Settings under which the adapted softmax layer stops being finite, or that no solver offers."""
 
     exit_code = 5
+
+
+class ModelError(MbpaError):
+    """A model that cannot have a memory."""
+
+    exit_code = 8

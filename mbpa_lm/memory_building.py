@@ -40,7 +40,7 @@ def build_memory(config: Config, checkpoint_path: Path, folder: Path, text_path:
             raise DatastoreError(f"{folder} was begun with other settings ({store.manifest.layout}); name another folder")
         if any(source.fingerprint != text.fingerprint for source in store.manifest.sources):
             raise DatastoreError(f"{folder} holds {store.manifest.sources[0].name} already; use mbpa-memory add for more text")
-        build(store, checkpoint, text, config.memory)
+        build(store, checkpoint.model, text, config.memory)
     show_memory(folder)
     _show_peak()
 
@@ -49,7 +49,7 @@ def add_to_memory(config: Config, checkpoint_path: Path, folder: Path, text_path
     """Write a text into a memory that there is, or go on with it; raises what `build_memory` does."""
     checkpoint = _load(config, checkpoint_path)
     with _open_to_write(config, checkpoint, folder) as store:
-        build(store, checkpoint, _read(config, checkpoint, text_path), config.memory)
+        build(store, checkpoint.model, _read(config, checkpoint, text_path), config.memory)
     show_memory(folder)
     _show_peak()
 

@@ -5,7 +5,6 @@ Dimensions: `B` queries, `K` neighbours, `V` vocabulary, `d` hidden size.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from mbpa_lm.adaptation.problem import Problem, pick
 from mbpa_lm.adaptation.products import span_products
@@ -31,7 +30,7 @@ def solve(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None = Non
 def _solve_some(problem: Problem, rule: AdaptationRule) -> Tensor:
     keys_BKd, queries_Bd, weights_BK, values_BK = problem.keys_BKd, problem.queries_Bd, problem.weights_BK, problem.values_BK
     towards_BK, gram_BKK = span_products(problem, rule.adapt_bias)
-    logits_BKV = linear(keys_BKd, problem.weight_Vd, problem.bias_V)
+    logits_BKV = problem.trained_logits(keys_BKd)
     steps = take_steps(logits_BKV, gram_BKK, weights_BK, values_BK, rule.step_sizes(), rule.beta, rule.velocity_kept)
-    logits_BV = linear(queries_Bd, problem.weight_Vd, problem.bias_V)
+    logits_BV = problem.trained_logits(queries_Bd)
     return torch.log_softmax(logits_BV + shift_at(towards_BK, weights_BK, values_BK, steps, logits_BV.shape[1]), dim=-1)

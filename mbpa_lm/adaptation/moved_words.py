@@ -12,6 +12,7 @@ from mbpa_lm.adaptation.problem import BaseSoftmax, Problem, TrainedSoftmax, at_
 from mbpa_lm.adaptation.products import products_with_rows
 from mbpa_lm.adaptation.words import MergedWords, merge_words
 from mbpa_lm.largest import largest
+from mbpa_lm.softcap import capped
 
 CHANGED_WORDS = 64
 """Words moved because slow adaptation has changed them most; their change at a key cannot be known from the trained layer."""
@@ -90,9 +91,12 @@ def _log_probabilities(problem: Problem, base: BaseSoftmax, layer: tuple[Tensor,
     """Return the layer's logits of the moved words at the keys (B, K, S), less the trained layer's log-partition."""
     weight_Vd, bias_V = layer
     offset_BKS = -base.log_partitions_BK[..., None]
-    if bias_V is not None:
+    logits_BKS = products_with_rows(problem.keys_BKd, weight_Vd, moved_BS)
+    if bias_V is not None and problem.softcap is None:
         offset_BKS = offset_BKS + at_least_single(bias_V)[moved_BS][:, None]
-    return products_with_rows(problem.keys_BKd, weight_Vd, moved_BS).add_(offset_BKS)
+    elif bias_V is not None:
+        logits_BKS = logits_BKS + at_least_single(bias_V)[moved_BS][:, None]
+    return capped(logits_BKS, problem.softcap).add_(offset_BKS)
 
 
 def _growth_of_the_rest(base: BaseSoftmax, trained: TrainedSoftmax, moved_BS: Tensor, filled_BS: Tensor) -> Tensor:

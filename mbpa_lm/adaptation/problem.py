@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mbpa_lm.softcap import capped
+
 
 @dataclass(frozen=True)
 class TrainedSoftmax:
@@ -71,6 +73,11 @@ class Problem:
     weights_BK: Tensor  # of the neighbours; 0 where there is none
     queries_Bd: Tensor
     base: BaseSoftmax | None = None
+    softcap: float | None = None  # of the trained layer's logits; what the steps change is added to capped logits
+
+    def trained_logits(self, states: Tensor) -> Tensor:
+        """Return the logits (..., V) of the layer, before any step."""
+        return capped(linear(states, self.weight_Vd, self.bias_V), self.softcap)
 
     def accumulating(self) -> "Problem":
         """Return the problem with keys, weights and queries, and the layer, in at least float32, to compute with."""
@@ -101,10 +108,10 @@ class Problem:
     def with_base(self, likely_words: int) -> "Problem":
         """Return the problem with what `base` holds computed from the layer, for those who have not kept it."""
         whole = self.accumulating()
-        at_keys_BKV = linear(whole.keys_BKd, whole.weight_Vd, whole.bias_V)
+        at_keys_BKV = whole.trained_logits(whole.keys_BKd)
         log_partitions_BK = at_keys_BKV.logsumexp(-1)
         likely = at_keys_BKV.topk(min(likely_words, len(self.weight_Vd)))
-        at_queries_BV = torch.log_softmax(linear(whole.queries_Bd, whole.weight_Vd, whole.bias_V), dim=-1)
+        at_queries_BV = torch.log_softmax(whole.trained_logits(whole.queries_Bd), dim=-1)
         probabilities_BKc = (likely.values - log_partitions_BK[..., None]).exp()
         return replace(self, base=BaseSoftmax(at_queries_BV, log_partitions_BK, likely.indices, probabilities_BKc))
 

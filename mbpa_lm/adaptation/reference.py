@@ -30,34 +30,36 @@ def solve(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None = Non
     rule.require("reference", tuple(OPTIMIZERS))
     problem = problem.accumulating()
     queries = zip(problem.keys_BKd, problem.values_BK, problem.weights_BK, problem.queries_Bd, strict=True)
-    return pick(torch.stack([_solve_one(problem.weight_Vd, problem.bias_V, *query, rule) for query in queries]), targets_B)
+    return pick(torch.stack([_solve_one(problem, *query, rule) for query in queries]), targets_B)
 
 
 @torch.enable_grad()
 def _solve_one(
-    weight_Vd: Tensor,
-    bias_V: Tensor | None,
-    keys_Kd: Tensor,
-    values_K: Tensor,
-    weights_K: Tensor,
-    query_d: Tensor,
-    rule: AdaptationRule,
+    problem: Problem, keys_Kd: Tensor, values_K: Tensor, weights_K: Tensor, query_d: Tensor, rule: AdaptationRule
 ) -> Tensor:
+    weight_Vd, bias_V = problem.weight_Vd, problem.bias_V
     weight = weight_Vd.detach().clone().requires_grad_()
     bias = None if bias_V is None else bias_V.detach().clone()
     trained, adapted = [weight_Vd.detach()], [weight]
     if bias is not None and bias_V is not None and rule.adapt_bias:
         trained.append(bias_V.detach())
         adapted.append(bias.requires_grad_())
+
+    def logits(states: Tensor) -> Tensor:
+        if problem.softcap is None:
+            return linear(states, weight, bias)
+        change = linear(states, weight - weight_Vd, None if bias is None or bias_V is None else bias - bias_V)
+        return problem.trained_logits(states) + change
+
     optimizer = OPTIMIZERS[rule.optimizer](adapted, rule)
     for alpha in rule.step_sizes():
         for group in optimizer.param_groups:
             group["lr"] = alpha
-        log_probabilities = torch.log_softmax(linear(keys_Kd, weight, bias), dim=-1)  # (K, V)
+        log_probabilities = torch.log_softmax(logits(keys_Kd), dim=-1)  # (K, V)
         loss = -(weights_K * log_probabilities.gather(1, values_K[:, None])[:, 0]).sum()
         for parameter, origin in zip(adapted, trained, strict=True):
             loss = loss + rule.beta / 2 * (parameter - origin).square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return torch.log_softmax(linear(query_d, weight, bias), dim=-1).detach()
+    return torch.log_softmax(logits(query_d), dim=-1).detach()

@@ -34,7 +34,7 @@ class Chunk:
     slow: SlowSoftmax | None = None  # None where no expert asked for it
     stretch: Stretch | None = None  # None where no expert asked for a window
 
-    def part(self, positions: slice) -> "Chunk":
+    def part(self, positions: slice | Tensor) -> "Chunk":
         """Return some of the positions, without the slowly adapted layer."""
         return replace(
             self,
@@ -44,7 +44,7 @@ class Chunk:
             base_log_partitions=self.base_log_partitions[positions],
             neighbours=None if self.neighbours is None else self.neighbours.of(positions),
             slow=None,
-            stretch=None if self.stretch is None else self.stretch.of(positions),
+            stretch=None if self.stretch is None or isinstance(positions, Tensor) else self.stretch.of(positions),
         )
 
 

@@ -51,8 +51,13 @@ class MbpaExpert(Expert):
         """Return what is known of the solver's own error so far: nothing where it makes none."""
         return self._bounds.summary()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no step is taken: predictions are the base model's."""
+        return self._rule.steps == 0 or self._rule.alpha == 0
+
     def _adapt(self, chunk: Chunk, targets: Tensor | None) -> Tensor:
-        if self._rule.steps == 0 or self._rule.alpha == 0:
+        if self.is_idle:
             start = chunk.base_log_probabilities if chunk.slow is None else chunk.slow.log_probabilities
             return pick(start, targets)
         adapted = self._solve(self._problem(chunk), targets)
@@ -100,7 +105,8 @@ def make_problem(trained: OutputLayer, chunk: Chunk, neighbours: Neighbours, wei
             base, log_probabilities_BV=slow.log_probabilities, log_partitions_B=slow.log_partitions, trained=at_trained
         )
     weights_BK = weigh(neighbours.squared_distances)
-    return Problem(start_weight, start_bias, found.keys, found.values, weights_BK, chunk.hidden_states, base)
+    solved = (start_weight, start_bias, found.keys, found.values, weights_BK, chunk.hidden_states, base)
+    return Problem(*solved, softcap=trained.softcap)
 
 
 def make_rule(config: AdaptationConfig) -> AdaptationRule:

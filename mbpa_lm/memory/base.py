@@ -60,7 +60,7 @@ class Neighbours:
         entries = Entries(*(tensor[:, :count] for tensor in self.entries.tensors()))
         return Neighbours(entries, self.squared_distances[:, :count], self.positions[:, :count])
 
-    def of(self, positions: slice) -> "Neighbours":
+    def of(self, positions: slice | Tensor) -> "Neighbours":
         """Return those of some of the positions."""
         entries = Entries(*(tensor[positions] for tensor in self.entries.tensors()))
         return Neighbours(entries, self.squared_distances[positions], self.positions[positions])

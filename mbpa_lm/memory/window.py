@@ -44,6 +44,11 @@ class WindowMemory:
     def __len__(self) -> int:
         return min(self._written, self._size)
 
+    def entries(self) -> Entries:
+        """Return a copy of all entries, oldest first."""
+        rows = torch.arange(self._end - len(self), self._end, device=self._tensors.searched_Nd.device)[None]
+        return self._tensors.at(rows, torch.zeros_like(rows, dtype=torch.bool)).rows(torch.tensor(0))
+
     def takes_products(self, size: int) -> bool:
         """See `Memory.takes_products`."""
         return self._takes_products and size == self._size
@@ -63,7 +68,7 @@ class WindowMemory:
     def _read_and_write_some(self, entries: Entries, stored_C: Tensor, count: int, products: Tensor | None) -> Neighbours:
         """Answer and store; the last column of the products, if there are any, is the last of these entries."""
         before = len(self)
-        first = self._append(entries if bool(stored_C.all()) else entries.rows(stored_C))  # where the chunk's own begin
+        first = self.write(entries if bool(stored_C.all()) else entries.rows(stored_C))  # where the chunk's own begin
         oldest = first - before
         ends_C = first + stored_C.cumsum(0) - stored_C.long()
         begins_C = (ends_C - self._size).clamp(min=oldest)
@@ -82,7 +87,8 @@ class WindowMemory:
         positions_CK = (rows_CK + (self._written - self._end)).masked_fill_(empty_CK, -1)
         return Neighbours(self._tensors.at(rows_CK, empty_CK), distances_CK, positions_CK)
 
-    def _append(self, entries: Entries) -> int:
+    def write(self, entries: Entries) -> int:
+        """Store entries without asking anything; return where in the tensors they begin."""
         chunk = len(entries.keys)
         if self._end + chunk > self._tensors.capacity:
             self._tensors.move_to_front(slice(self._end - len(self), self._end))

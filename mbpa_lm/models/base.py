@@ -8,19 +8,22 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mbpa_lm.softcap import capped
+
 State = Any
 """What a model carries from one piece of a stream to the next; only the model that made it looks inside."""
 
 
 class OutputLayer(NamedTuple):
-    """The linear map from hidden states to logits, as the live parameters of the model."""
+    """The linear map from hidden states to logits, as the live parameters of the model, and what caps them where it does."""
 
     weight: Tensor  # (V, d)
     bias: Tensor | None  # (V,)
+    softcap: float | None = None  # c of a soft cap, c tanh(logit / c)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Map (..., d) to (..., V)."""
-        return torch.nn.functional.linear(hidden_states, self.weight, self.bias)
+        return capped(torch.nn.functional.linear(hidden_states, self.weight, self.bias), self.softcap)
 
 
 class ModelOutput(NamedTuple):

@@ -19,5 +19,5 @@ def build_model(config: ModelConfig, vocabulary_size: int) -> Model:
     if config.kind == "lstm":
         return LSTMLanguageModel(config, vocabulary_size)
     if config.kind == "transformer":
-        return TransformerLanguageModel(config, vocabulary_size)
+        return TransformerLanguageModel.build(config, vocabulary_size)
     raise ConfigError(f"model.kind {config.kind!r} is none of lstm, transformer")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mbpa_lm.config import ModelConfig
-from mbpa_lm.errors import ConfigError, did_you_mean, reason
+from mbpa_lm.errors import ConfigError, ModelError, did_you_mean, reason
 from mbpa_lm.models.base import ModelOutput, OutputLayer
+from mbpa_lm.models.head import find_head
 
 
 class BlockState(NamedTuple):
@@ -42,8 +43,17 @@ class TransformerLanguageModel(nn.Module):
 
     carries_state_in_training = False
 
-    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
+    def __init__(self, causal_lm: Any, context_length: int, context_overlap: int) -> None:
+        """Raises ModelError for a model whose output layer cannot be adapted: see `head.find_head`."""
         super().__init__()
+        self.causal_lm = causal_lm
+        self.head = find_head(causal_lm)
+        self._context_length, self._context_overlap = context_length, context_overlap
+        self.vocabulary_size, self.hidden_size = self.output_layer().weight.shape
+
+    @classmethod
+    def build(cls, config: ModelConfig, vocabulary_size: int) -> "TransformerLanguageModel":
+        """Build an untrained one; raises ConfigError where the settings do not make a model that can be trained here."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
@@ -51,41 +61,31 @@ class TransformerLanguageModel(nn.Module):
             settings = AutoConfig.for_model(
                 config.architecture, **{"vocab_size": vocabulary_size, **no_special_tokens, **config.settings}
             )
-            self.causal_lm = AutoModelForCausalLM.from_config(settings)
+            causal_lm = AutoModelForCausalLM.from_config(settings)
         except Exception as error:  # each architecture has its own ways to reject a value
             raise ConfigError(f"model.architecture {config.architecture!r} with model.settings: {reason(error)}") from None
-        longest = getattr(self.causal_lm.config, "max_position_embeddings", None)
+        longest = getattr(causal_lm.config, "max_position_embeddings", None)
         if longest is not None and longest < config.context_length:
             raise ConfigError(
                 f"model.context_length is {config.context_length}, but model.settings give {config.architecture} "
                 f"only {longest} positions"
             )
-        self._context_length = config.context_length
-        self._context_overlap = config.context_overlap
-        self.vocabulary_size = vocabulary_size
-        self._check_head(config.architecture)
-        self.hidden_size = int(self.output_layer().weight.shape[1])
-
-    @torch.no_grad()
-    def _check_head(self, architecture: str) -> None:
-        """Refuse a model whose logits are not those of its output layer: scaled, capped, or computed elsewhere."""
-        tokens = torch.full((1, 2), self.vocabulary_size - 1)  # a first id may be padding, whose vector is zero
-        self.causal_lm.eval()
-        logits = self.causal_lm(input_ids=tokens, use_cache=False).logits
-        hidden_states = self.causal_lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        self.causal_lm.train()
-        if not torch.allclose(logits, self.output_layer().logits(hidden_states), rtol=1e-3, atol=1e-5):
+        try:
+            model = cls(causal_lm, config.context_length, config.context_overlap)
+        except ModelError as error:
+            raise ConfigError(f"model.architecture {config.architecture!r}: {error}") from None
+        if model.head.scale != 1 or model.head.softcap is not None:
             raise ConfigError(
-                f"model.architecture {architecture!r} does more to its logits than a linear layer; only that can be adapted"
+                f"model.architecture {config.architecture!r} does more to its logits than a linear layer; train another one"
             )
+        return model
 
     def output_layer(self) -> OutputLayer:
-        layer = self.causal_lm.get_output_embeddings()
-        return OutputLayer(layer.weight, getattr(layer, "bias", None))
+        return self.head.layer()
 
     def forward(self, tokens: Tensor, state: BlockState | None = None) -> ModelOutput:
         if self.training:
-            hidden_states = self.causal_lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            hidden_states = self.head.keys(self.head.base(input_ids=tokens, use_cache=False).last_hidden_state)
             return ModelOutput(hidden_states, None, tokens.new_zeros((), dtype=torch.float32))
         pieces = []
         while tokens.shape[1] > 0:
@@ -108,5 +108,5 @@ class TransformerLanguageModel(nn.Module):
         return self._read(empty, state.tokens[:, -self._context_overlap :])[1]
 
     def _read(self, state: BlockState, tokens: Tensor) -> tuple[Tensor, BlockState]:
-        output = self.causal_lm.base_model(input_ids=tokens, cache=state.cache, use_cache=True)
-        return output.last_hidden_state, BlockState(torch.cat([state.tokens, tokens], dim=1), state.cache)
+        output = self.head.base(input_ids=tokens, cache=state.cache, use_cache=True)
+        return self.head.keys(output.last_hidden_state), BlockState(torch.cat([state.tokens, tokens], dim=1), state.cache)

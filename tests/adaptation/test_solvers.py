@@ -54,6 +54,19 @@ def test_momentum_and_schedules_are_the_reference_s(
         torch.testing.assert_close(without_restriction(problem, rule_or_plain), expected, atol=1e-8, rtol=0)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_steps_are_added_to_capped_logits(bias: bool) -> None:
+    problem = replace(random_problem(4, 6, 30, 5, 0, bias), softcap=1.5).with_base(30)
+    rule = AdaptationRule(10, 0.2, 0.1)
+    expected = reference.solve(problem, rule)
+    torch.testing.assert_close(dual.solve(problem, rule), expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(without_restriction(problem, rule), expected, atol=1e-8, rtol=0)
+    assert (expected - reference.solve(replace(problem, softcap=None), rule)).abs().max() > 0.1
+    layer = torch.nn.functional.linear(problem.queries_Bd, problem.weight_Vd, problem.bias_V)
+    at_rest = dual.solve(problem, AdaptationRule(0, 0.2))
+    torch.testing.assert_close(at_rest, torch.log_softmax(1.5 * torch.tanh(layer / 1.5), dim=-1))
+
+
 Update = Callable[[int, float, list[torch.Tensor]], torch.Tensor]
 
 

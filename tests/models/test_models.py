@@ -46,7 +46,7 @@ def test_hidden_states_do_not_see_later_tokens(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_output_layer_is_the_live_parameters(kind: str) -> None:
     model = small_model(kind)
-    weight, _ = model.output_layer()
+    weight = model.output_layer().weight
     assert weight.shape == (30, model.hidden_size)
     with torch.no_grad():
         weight.zero_()

@@ -1,0 +1,1 @@
+"""A memory for models of other libraries."""

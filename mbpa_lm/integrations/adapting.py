@@ -1,0 +1,184 @@
+"""A model with a memory: its logits are adapted, and what it reads is remembered, as long as a `with` block lasts.
+
+    with mbpa_lm.adapt(model, memory):
+        model.generate(**tokenizer("The new pump is called", return_tensors="pt"))
+
+Hooks see the hidden states and replace the logits of `model(...)`; `model.generate` is told apart, so that prompts and
+generated text can be treated differently. After the block the model is what it was.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from mbpa_lm.errors import ConfigError, ModelError
+from mbpa_lm.integrations.generation import Generation, Write
+from mbpa_lm.integrations.memory import Memory
+from mbpa_lm.integrations.reading import Piece, RowReader
+
+
+@contextmanager
+def adapt(model: Any, memory: Memory, write: Write = "prompts") -> Iterator[Any]:
+    """Give a model a memory.
+
+    Args: write: what is remembered of what the model reads: nothing; prompts, which is all that is given to `model(...)` and to
+    `generate`; or everything, generated text too. Raises ModelError where the memory is of another model, or another memory is
+    in use.
+    """
+    if write not in get_args(Write):
+        raise ConfigError(f"write is {write!r}, but must be one of {', '.join(get_args(Write))}")
+    if memory.language_model.causal_lm is not model:
+        raise ModelError(f"the memory was made for another {type(model).__name__}: Memory(model)")
+    if "generate" in vars(model):
+        raise ModelError(f"this {type(model).__name__} is adapted already; leave the other block first")
+    adapter = _Adapter(model, memory, write)
+    hooks = [
+        memory.language_model.head.base.register_forward_hook(adapter.after_base),
+        model.register_forward_pre_hook(adapter.before, with_kwargs=True),
+        model.register_forward_hook(adapter.after, with_kwargs=True),
+    ]
+    model.generate = adapter.generate
+    try:
+        yield model
+    finally:
+        del model.generate
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of `model(...)` that is under way."""
+
+    tokens_BT: Tensor | None
+    mask_BT: Tensor | None  # bool
+    first_column: int  # of these tokens in their texts
+
+
+class _Adapter:
+    """What the hooks do."""
+
+    def __init__(self, model: Any, memory: Memory, write: Write) -> None:
+        self._model, self._memory, self._write = model, memory, write
+        self._generate = model.generate
+        self._generation: Generation | None = None
+        self._call: _Call | None = None
+        self._hidden_states_BTd: Tensor | None = None
+        self._rows: list[RowReader] = []
+        self._ended: list[bool] = []
+        self._cache: Any = None  # of the last call, and how much had been read with it
+        self._columns = 0
+
+    def before(self, model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Note what is about to be read."""
+        tokens = inputs[0] if inputs else named.get("input_ids")
+        if tokens is None and self._write != "nothing":
+            raise ModelError("inputs_embeds has no tokens that could be remembered; adapt(..., write='nothing') reads them")
+        first = self._read_before(named.get("cache"))
+        size = tokens if tokens is not None else named["inputs_embeds"]
+        mask = named.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            mask = None if self._generation is None else self._generation.mask_of(first + size.shape[1])
+        columns = size.shape[1]
+        if mask is not None:
+            mask = (mask[:, first : first + columns] if mask.shape[1] >= first + columns else mask[:, -columns:]).bool()
+        if first == 0 or len(self._rows) != size.shape[0]:
+            self._rows = [RowReader(self._memory, row) for row in range(size.shape[0])]
+            self._ended = [False] * size.shape[0]
+            for row in self._rows:
+                row.begin()
+        self._call = _Call(tokens, mask, first)
+
+    def after_base(self, base: Any, inputs: Any, output: Any) -> None:
+        """Note the hidden states."""
+        self._hidden_states_BTd = output[0]
+
+    @torch.no_grad()
+    def after(self, model: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        """Return the output with adapted logits, and the loss of those where there are labels."""
+        call, hidden_states, self._call, self._hidden_states_BTd = self._call, self._hidden_states_BTd, None, None
+        assert call is not None
+        assert hidden_states is not None
+        self._columns = call.first_column + hidden_states.shape[1]
+        self._cache = output.get("cache") if hasattr(output, "get") else None
+        labels = named.get("labels")
+        place = 0 if labels is None else 1
+        logits = output["logits"] if hasattr(output, "keys") else output[place]
+        adapted = self._adapted(call, hidden_states, logits, named.get("logits_to_keep", 0))
+        loss = None
+        if labels is not None:
+            more = {name: named[name] for name in ("num_items_in_batch",) if name in named}
+            size = self._memory.language_model.vocabulary_size
+            loss = model.loss_function(logits=adapted, labels=labels, vocab_size=size, **more)
+        if hasattr(output, "keys"):
+            output["logits"] = adapted
+            if loss is not None:
+                output["loss"] = loss
+            return output
+        return (*(() if loss is None else (loss,)), adapted, *output[place + 1 :])
+
+    def generate(self, *inputs: Any, **named: Any) -> Any:
+        """Do what the model's own `generate` does; raises ModelError for ways that cannot be remembered."""
+        self._generation = Generation.of(self._model, inputs, named, self._write)
+        try:
+            return self._generate(*inputs, **{"disable_compile": True, **named})  # a compiled model would pass the hooks by
+        finally:
+            self._generation = None
+
+    def _read_before(self, cache: Any) -> int:
+        """Return how many tokens of its texts the model has read before this call."""
+        if cache is None:
+            return 0
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # of a recurrent model, which does not count
+            return self._columns if cache is self._cache else 0
+
+    def _adapted(self, call: _Call, hidden_states_BTd: Tensor, logits_BkV: Tensor, kept: int | Tensor) -> Tensor:
+        rows, columns = hidden_states_BTd.shape[:2]
+        if isinstance(kept, Tensor) and kept.ndim > 1:
+            raise ModelError("logits_to_keep with places for each row is not supported; give one list of places for all rows")
+        places_k = torch.arange(columns, device=logits_BkV.device)
+        places_k = places_k[kept.to(places_k)] if isinstance(kept, Tensor) else places_k[-kept:] if kept else places_k
+        order_k = places_k.argsort()
+        keys_BTd = self._memory.language_model.head.keys(hidden_states_BTd).to(logits_BkV.device)
+        adapted = logits_BkV
+        for row in range(rows):
+            valid_T = torch.ones(columns, dtype=torch.bool) if call.mask_BT is None else call.mask_BT[row].cpu()
+            valid_n = valid_T.nonzero()[:, 0].to(logits_BkV.device)
+            tokens = valid_n.new_zeros(len(valid_n)) if call.tokens_BT is None else call.tokens_BT[row].to(valid_n)[valid_n]
+            stored_n = self._stored(row, call.first_column + valid_n, tokens)
+            wanted = [place for place in order_k.tolist() if bool(valid_T[places_k[place]])]
+            piece = Piece(
+                tokens,
+                keys_BTd[row, valid_n],
+                stored_n,
+                logits_BkV[row, wanted],
+                torch.searchsorted(valid_n, places_k[wanted]),
+            )
+            found_kV = self._rows[row].read(piece)
+            if found_kV is not piece.logits_kV and len(wanted):
+                adapted = adapted.clone() if adapted is logits_BkV else adapted
+                adapted[row, wanted] = found_kV
+        return adapted
+
+    def _stored(self, row: int, columns_n: Tensor, tokens_n: Tensor) -> Tensor:
+        """Return which positions (n,) of a row are to be remembered."""
+        generation = self._generation
+        stored_n = torch.full_like(tokens_n, self._write != "nothing", dtype=torch.bool)
+        if generation is None:
+            return stored_n
+        if self._write == "prompts":
+            stored_n &= columns_n + 1 < generation.prompt_columns
+        if self._memory.rows == "shared" and row % generation.copies:
+            stored_n[:] = False  # the same prompt is in another row
+        generated_n = columns_n >= generation.prompt_columns
+        for place in range(len(tokens_n)):
+            if generated_n[place]:
+                self._ended[row] |= int(tokens_n[place]) in generation.ends
+                stored_n[place] &= not self._ended[row]
+        return stored_n

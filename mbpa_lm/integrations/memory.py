@@ -1,0 +1,225 @@
+"""The memory of a causal language model of transformers: documents that were added, and what it reads meanwhile.
+
+    memory = mbpa_lm.Memory(model, tokenizer)
+    memory.add_documents(["The new pump is called Aquila.", ...])
+    memory.save("memories/pumps")
+
+Documents lie in a datastore on disk, in a folder of their own that is deleted with the memory unless it is saved. What the
+model reads is remembered in a window, one for all rows of a batch or one for each.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+
+from mbpa_lm.config import AdaptationConfig, MemoryConfig
+from mbpa_lm.datastores import build, index_kind, limit_of
+from mbpa_lm.durable import replace_json
+from mbpa_lm.errors import ConfigError, DatastoreError, did_you_mean, reason
+from mbpa_lm.experts.mbpa import MbpaExpert
+from mbpa_lm.integrations.fingerprint import identity_of
+from mbpa_lm.memory.composite import CompositeMemory
+from mbpa_lm.memory.datastore.manifest import Layout
+from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.memory.window import WindowMemory
+from mbpa_lm.models.transformer import TransformerLanguageModel
+from mbpa_lm.remember import Text
+from mbpa_lm.scales import ALPHA, TOKENS, measure_norm
+
+Rows = Literal["shared", "own"]
+SETTINGS = "settings.json"
+LONGEST_CONTEXT, TOKENS_WITHOUT_TEXT = 1024, 256
+"""Tokens of a document that are read before the context begins anew, where the model has no shorter one."""
+OFFERED = ("size", "neighbours", "likely_words", "key_type", "index", "resident_gib", "gpus")
+"""Settings of the memory, of those that MemoryConfig has."""
+
+
+class Memory:
+    """What a model remembers, and how it is adapted to it."""
+
+    def __init__(self, model: Any, tokenizer: Any | None = None, *, rows: Rows = "shared", **settings: Any) -> None:
+        """Make an empty one.
+
+        Args: tokenizer of the model, needed where documents are given as text; rows: whether the rows of a batch share what is
+        read, or each remembers its own until its text ends; settings: those of the sections `memory` and `adaptation` of a
+        configuration, such as size, neighbours, alpha and steps. Raises ModelError for a model that cannot have a memory,
+        ConfigError for a setting that does not exist or is impossible.
+        """
+        if rows not in get_args(Rows):
+            raise ConfigError(f"rows is {rows!r}, but must be one of {', '.join(get_args(Rows))}")
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self._settings = settings
+        memory, adaptation = _configured(settings)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
+        context = min(longest, LONGEST_CONTEXT)
+        self.language_model = TransformerLanguageModel(model, context, context // 2).eval()
+        self.identity = identity_of(model, tokenizer)
+        self._norm: float | None = None
+        self._adaptation = adaptation
+        self._expert: MbpaExpert | None = None
+        self.config = replace(memory, likely_words=min(memory.likely_words, self.language_model.vocabulary_size))
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
+        self._store: Datastore | None = None
+        self._streams: dict[int, WindowMemory] = {}
+
+    @classmethod
+    def load(cls, folder: str | Path, model: Any, tokenizer: Any | None = None, **settings: Any) -> Self:
+        """Open one that was saved, or made by `mbpa-memory build`; more documents can be added.
+
+        Args: settings that replace those that were saved with it. Raises DatastoreError where it is missing, damaged, or of
+        another model or tokenizer.
+        """
+        path = Path(folder)
+        try:
+            saved = json.loads((path / SETTINGS).read_text()) if (path / SETTINGS).is_file() else {}
+            kept = dict(saved.get("settings", {}))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise DatastoreError(f"{path / SETTINGS} cannot be read: {reason(error)}; put it back, or delete it") from None
+        memory = cls(model, tokenizer, **{**kept, **settings})
+        memory._open(path)
+        memory._norm = saved.get("mean_squared_norm")
+        return memory
+
+    def __len__(self) -> int:
+        """Return how many entries there are."""
+        return (0 if self._store is None else len(self._store)) + sum(map(len, self._streams.values()))
+
+    @property
+    def neighbours(self) -> int:
+        """Return how many neighbours of each position are retrieved (K)."""
+        return self.expert.neighbours
+
+    @property
+    def expert(self) -> MbpaExpert:
+        """Return what adapts the output layer; its steps are sized when it is first asked for."""
+        if self._expert is None:
+            adaptation = self._adaptation
+            if adaptation.alpha is None:
+                adaptation = replace(adaptation, alpha=ALPHA / self._measured_norm())
+            self._expert = MbpaExpert(self.language_model.output_layer(), adaptation, self.config.neighbours)
+        return self._expert
+
+    def add_documents(self, documents: Sequence[str] | Sequence[Sequence[int]]) -> None:
+        """Read documents with the model and remember them; documents that were added together before are not added again.
+
+        They are written into the folder that the memory was loaded from, where there is one. Args: documents as text, or as the
+        tokenizer's ids. Raises ConfigError where there is text and no tokenizer, DatastoreError where they cannot be written.
+        """
+        ids = [each for each in map(self._ids, documents) if len(each)]
+        tokens = np.concatenate([*ids, np.zeros(0, dtype=np.int64)])
+        if len(tokens) < 2:
+            return
+        starts = np.cumsum([0, *map(len, ids[:-1])])
+        if self._norm is None:
+            self._norm, self._expert = measure_norm(self.language_model, tokens[:TOKENS]), None
+        if self._folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="mbpa-memory-")
+            self._folder = Path(self._temporary.name) / "memory"
+            layout = Layout(self.language_model.hidden_size, self.config.likely_words, self.config.key_type)
+            Datastore.create(self._folder, self.identity, layout).close()
+        fingerprint = hashlib.sha256(tokens.tobytes() + starts.tobytes()).hexdigest()
+        with Datastore.open(self._folder, self.identity, limit_of(self.config), writable=True) as store:
+            build(store, self.language_model, Text(f"{len(ids):,} documents", fingerprint, tokens, starts), self.config)
+        self._open(self._folder)
+
+    def window(self, row: int) -> WindowMemory:
+        """Return what the text in a row of a batch is read into."""
+        place = row if self.rows == "own" else 0
+        if place not in self._streams:
+            weight = self.language_model.output_layer().weight
+            shape = (self.config.size, self.language_model.hidden_size, self.config.likely_words)
+            self._streams[place] = WindowMemory(*shape, weight.dtype, weight.device)
+        return self._streams[place]
+
+    def searched(self, row: int) -> CompositeMemory | WindowMemory:
+        """Return the same, searched together with the documents."""
+        window = self.window(row)
+        return window if self._store is None else CompositeMemory(window, self._store)
+
+    def forget(self, row: int | None = None) -> None:
+        """Forget what was read, of one row or of all; documents stay."""
+        for place in list(self._streams) if row is None else [row]:
+            self._streams.pop(place, None)
+
+    def save(self, folder: str | Path) -> None:
+        """Write documents, and what was read and is still remembered, into a folder, which must be new or that of the memory.
+
+        Raises DatastoreError where it cannot be written; nothing is there then.
+        """
+        path = Path(folder)
+        layout = Layout(self.language_model.hidden_size, self.config.likely_words, self.config.key_type)
+        if self._folder is not None and path.resolve() == self._folder.resolve():
+            target = path
+        elif path.exists():
+            raise DatastoreError(f"{path} is there already; name another folder")
+        else:
+            target = path.with_name(f".{path.name}.saving")
+        try:
+            if target != path:
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if self._folder is None:
+                    Datastore.create(target, self.identity, layout).close()
+                else:
+                    shutil.copytree(self._folder, target)
+            with Datastore.open(target, self.identity, limit_of(self.config), writable=True) as store:
+                for window in self._streams.values():
+                    store.add(window.entries())
+                if store.needs_index(index_kind(self.config)):
+                    store.build_index(index_kind(self.config))
+            replace_json(target / SETTINGS, {"settings": self._settings, "mean_squared_norm": self._measured_norm()})
+            if target != path:
+                target.rename(path)
+        except OSError as error:
+            raise DatastoreError(f"{path} could not be written: {reason(error)}") from None
+        finally:
+            if target != path:
+                shutil.rmtree(target, ignore_errors=True)
+        self._streams.clear()  # it is among the documents now
+        self._open(path)
+
+    def _open(self, folder: Path) -> None:
+        store = Datastore.open(folder, self.identity, limit_of(self.config), gpus=self.config.gpus)
+        if store.likely_words != self.config.likely_words:
+            raise DatastoreError(
+                f"the memory in {folder} keeps {store.likely_words} likely words an entry; open it with likely_words="
+                f"{store.likely_words}"
+            )
+        self._folder, self._store = folder, store
+
+    def _ids(self, document: str | Sequence[int]) -> np.ndarray:
+        if not isinstance(document, str):
+            return np.asarray(document, dtype=np.int64)
+        if self.tokenizer is None:
+            raise ConfigError("documents are given as text, but the memory has no tokenizer: Memory(model, tokenizer)")
+        ids = list(self.tokenizer(document).input_ids)
+        end = self.tokenizer.eos_token_id
+        if ids and end is not None and ids[-1] != end:
+            ids.append(end)
+        return np.asarray(ids, dtype=np.int64)
+
+    def _measured_norm(self) -> float:
+        """Return the mean squared norm of hidden states, on the first documents or, where there are none, on any tokens."""
+        if self._norm is None:
+            tokens = np.random.default_rng(0).integers(0, self.language_model.vocabulary_size, TOKENS_WITHOUT_TEXT)
+            return measure_norm(self.language_model, tokens)
+        return self._norm
+
+
+def _configured(settings: dict[str, Any]) -> tuple[MemoryConfig, AdaptationConfig]:
+    """Return the sections that settings by their bare names make."""
+    of_adaptation = {field.name for field in fields(AdaptationConfig)} - {"weight"}
+    for name in settings:
+        if name not in of_adaptation and name not in OFFERED:
+            raise ConfigError(f"a memory has no setting {name!r}; {did_you_mean(name, [*OFFERED, *of_adaptation])}")
+    memory = {name: value for name, value in settings.items() if name in OFFERED}
+    return MemoryConfig(**memory), AdaptationConfig(**{name: settings[name] for name in settings if name in of_adaptation})
