@@ -186,6 +186,9 @@ class Memory:
                 shutil.rmtree(target, ignore_errors=True)
         self._streams.clear()  # it is among the documents now
         self._open(path)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
 
     def _open(self, folder: Path) -> None:
         store = Datastore.open(folder, self.identity, limit_of(self.config), gpus=self.config.gpus)
