@@ -43,7 +43,9 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     parser = make_parser("evaluate.py", "Score a held-out text with a trained model, with and without its memory.")
-    parser.add_argument("--checkpoint", type=str, help="Run folder or checkpoint folder that train.py wrote (required).")
+    parser.add_argument(
+        "--checkpoint", type=str, help="Run folder or checkpoint folder that train.py wrote (required, or model.pretrained)."
+    )
     parser.add_argument(
         "--tune", action="store_true", help="Tune the experts on the validation text first, and keep what is best."
     )
@@ -52,12 +54,14 @@ def _evaluate(arguments: Sequence[str]) -> None:
     if options["experts"]:
         evaluation = replace(config.evaluation, experts=[name.strip() for name in options["experts"].split(",")])
         config = replace(config, evaluation=evaluation)
-    if not options["checkpoint"]:
+    if config.model.pretrained and options["checkpoint"]:
+        raise ConfigError("--checkpoint and --model.pretrained name two models; give one of them")
+    if not config.model.pretrained and not options["checkpoint"]:
         raise ConfigError("--checkpoint is missing; name the run folder that train.py wrote, for example runs/demo")
     prepare_machine(config, keep_memory=not config.memory.resident_gib)
     from mbpa_lm.evaluation import evaluate
 
-    evaluate(config, Path(options["checkpoint"]), options["tune"])
+    evaluate(config, Path(options["checkpoint"]) if options["checkpoint"] else None, options["tune"])
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dict[str, Any]]:

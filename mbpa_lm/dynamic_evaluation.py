@@ -25,6 +25,7 @@ from mbpa_lm.adaptation.slow_weights import SlowRule, pull
 from mbpa_lm.errors import AdaptationError
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model
+from mbpa_lm.models.gradients import read_with_gradients
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ class DynamicModel:
             inputs, targets = (torch.cat(column) for column in zip(*self._seen, strict=True))
             complete = len(inputs) == self._rule.interval
             with torch.set_grad_enabled(complete):
-                # A copy, as a transformer's state is changed by reading on from it.
-                output = self._model(inputs[None], copy.deepcopy(self._state))
+                output, following = read_with_gradients(self._model, inputs[None], self._state)
                 logits = self._model.output_layer().logits(output.hidden_states[0])
                 losses = cross_entropy(logits, targets, reduction="none")
                 loss = losses.mean()
@@ -92,11 +92,7 @@ class DynamicModel:
             if not bool(torch.isfinite(found[-1]).all()):
                 raise AdaptationError(f"dynamic evaluation diverged with dynamic.rate {self._rule.rate}; make it smaller")
             if complete:
-                if self._model.carries_state_in_training:  # then no gradient goes through the state that it is given
-                    self._state = tuple(tensor.detach() for tensor in output.state)
-                else:
-                    with torch.no_grad():
-                        self._state = self._model(inputs[None], self._state).state
+                self._state = following
                 self._step(loss)
                 self._seen = []
             begin = piece.stop

@@ -26,6 +26,7 @@ from mbpa_lm.gate import GateRule, OnlineGate
 from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes, pick_device
 from mbpa_lm.metrics import SEGMENTS, Targets, perplexity, summarize
 from mbpa_lm.mixed_scores import UNIFORM, MixedScores, mixed_scores
+from mbpa_lm.pretrained import pretrained_checkpoint
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.report import print_tables, print_tuned, write_results
 from mbpa_lm.resources import fill_in_scales, make_experts, make_history, make_memory, make_slow_weights, own_corpus
@@ -35,18 +36,16 @@ from mbpa_lm.tuned import Tuned, load_tuned, save_tuned
 from mbpa_lm.tuning.everything import tune
 
 
-def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) -> dict[str, Any]:
+def evaluate(config: Config, checkpoint_path: Path | None, tune_first: bool = False) -> dict[str, Any]:
     """Score a stream with every configured expert; write and return the metrics.
 
-    With `tune_first`, the experts are tuned on the validation text before, and what is best is kept with the checkpoint. Raises
-    CheckpointError where the checkpoint is not of the configured model, tokenizer or text, and DataError where the text
-    cannot be read.
+    Without a path, that is the model that `model.pretrained` names. With `tune_first`, the experts are tuned on the validation
+    text before, and what is best is kept with the checkpoint. Raises CheckpointError where the checkpoint is not of the
+    configured model, tokenizer or text, and DataError where the text cannot be read.
     """
-    folder = find_checkpoint(checkpoint_path)
-    check_same_settings(folder, config)
-    checkpoint = load_checkpoint(folder)
+    checkpoint = pretrained_checkpoint(config) if checkpoint_path is None else _load(config, checkpoint_path)
     stream, fingerprint = _open_stream(config, checkpoint)
-    model = checkpoint.model.to(pick_device(config.run.device)).eval()
+    model = checkpoint.model
     if tune_first:
         _tune(fill_in_scales(config, checkpoint), checkpoint)
     tuned = load_tuned(checkpoint.folder, model.hidden_size) if config.evaluation.tuned else None
@@ -98,6 +97,14 @@ def evaluate(config: Config, checkpoint_path: Path, tune_first: bool = False) ->
     print_tables(metrics)
     console.print(f"written to {path}")
     return metrics
+
+
+def _load(config: Config, path: Path) -> Checkpoint:
+    folder = find_checkpoint(path)
+    check_same_settings(folder, config)
+    checkpoint = load_checkpoint(folder)
+    checkpoint.model.to(pick_device(config.run.device)).eval()
+    return checkpoint
 
 
 def _load_compiled_loops(config: Config, checkpoint: Checkpoint, stream: TokenStream, metric: Tensor | None) -> None:

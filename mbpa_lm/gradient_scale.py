@@ -20,6 +20,7 @@ from mbpa_lm.config import DynamicConfig, PersistentConfig
 from mbpa_lm.errors import DataError
 from mbpa_lm.models.base import LanguageModel, State
 from mbpa_lm.models.build import Model
+from mbpa_lm.models.gradients import read_with_gradients
 
 LAYER_FILE, MODEL_FILE = "gradient_scale.safetensors", "model_gradient_scale.safetensors"
 OnProgress = Callable[[int], None]
@@ -72,8 +73,11 @@ def _pieces(
     state: State | None = None
     for begin in range(0, len(tokens) - interval, interval):
         read = torch.from_numpy(tokens[begin : begin + interval + 1].astype(np.int64)).to(device)
-        output = model(read[None, :-1], state)
-        state = output.state
+        if torch.is_grad_enabled():
+            output, state = read_with_gradients(model, read[None, :-1], state)
+        else:
+            output = model(read[None, :-1], state)
+            state = output.state
         yield output.hidden_states[0], read[1:]
         on_progress(begin + interval)
 

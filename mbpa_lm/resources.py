@@ -16,7 +16,7 @@ from mbpa_lm.data.corpora import Corpus, open_corpus
 from mbpa_lm.data.streams import open_stream
 from mbpa_lm.datastores import TRAINING, identity_of, likely_words_kept, open_datastores, open_one, training_datastore
 from mbpa_lm.dynamic_evaluation import DynamicModel, DynamicRule
-from mbpa_lm.errors import CheckpointError
+from mbpa_lm.errors import CheckpointError, ConfigError
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.experts.build import build_experts
 from mbpa_lm.gradient_scale import gradient_scale, model_gradient_scale
@@ -143,6 +143,10 @@ def make_slow_weights(config: Config, checkpoint: Checkpoint, experts: Sequence[
         return None
     persistent, scale = config.persistent, _measured_scale(config, checkpoint)
     layer = checkpoint.model.output_layer()
+    if layer.softcap is not None:
+        raise ConfigError(
+            "persistent adaptation needs logits without a soft cap, which this model has; leave those experts out"
+        )
     rule = SlowRule(persistent.interval, known("persistent.rate", persistent.rate), persistent.decay, persistent.smoothing)
     return SlowWeights(layer.weight, layer.bias, rule, scale)
 

@@ -115,6 +115,14 @@ class ModelConfig:
     context_overlap: int = 128
     """transformer: tokens of a full block that are read again as the start of the next, when a stream is evaluated."""
 
+    pretrained: str | None = None
+    """Evaluate this causal LM instead of a checkpoint: its name on the hub, or its folder. What experts take from a training
+    text comes from the training split of the corpus."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """pretrained: type of its weights; empty: that in which it was saved."""
+    device_map: str | None = None
+    """pretrained: how accelerate is to spread it over devices (auto, balanced, ...); empty: all on run.device."""
+
     def __post_init__(self) -> None:
         require_positive("model", self, "hidden_size", "layers", "context_length")
         require_not_negative("model", self, "embedding_size", "activation_penalty", "change_penalty", "context_overlap")

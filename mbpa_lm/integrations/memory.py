@@ -20,15 +20,16 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from mbpa_lm.config import AdaptationConfig, MemoryConfig
+from mbpa_lm.data.tokenizers import HuggingFaceTokenizer
 from mbpa_lm.datastores import build, index_kind, limit_of
 from mbpa_lm.durable import replace_json
 from mbpa_lm.errors import ConfigError, DatastoreError, did_you_mean, reason
 from mbpa_lm.experts.mbpa import MbpaExpert
-from mbpa_lm.integrations.fingerprint import identity_of
 from mbpa_lm.memory.composite import CompositeMemory
-from mbpa_lm.memory.datastore.manifest import Layout
+from mbpa_lm.memory.datastore.manifest import Identity, Layout
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory.window import WindowMemory
+from mbpa_lm.models.fingerprint import model_fingerprint
 from mbpa_lm.models.transformer import TransformerLanguageModel
 from mbpa_lm.remember import Text
 from mbpa_lm.scales import ALPHA, TOKENS, measure_norm
@@ -61,7 +62,7 @@ class Memory:
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
         context = min(longest, LONGEST_CONTEXT)
         self.language_model = TransformerLanguageModel(model, context, context // 2).eval()
-        self.identity = identity_of(model, tokenizer)
+        self.identity = Identity(model_fingerprint(model), _fingerprint_of(tokenizer))
         self._norm: float | None = None
         self._adaptation = adaptation
         self._expert: MbpaExpert | None = None
@@ -216,6 +217,15 @@ class Memory:
             tokens = np.random.default_rng(0).integers(0, self.language_model.vocabulary_size, TOKENS_WITHOUT_TEXT)
             return measure_norm(self.language_model, tokens)
         return self._norm
+
+
+def _fingerprint_of(tokenizer: Any | None) -> str:
+    """Return what a memory that `mbpa-memory` makes has too."""
+    if tokenizer is None:
+        return "none"
+    if not tokenizer.is_fast:
+        raise ConfigError(f"tokenizer {tokenizer.name_or_path!r} has no fast version; take one that has")
+    return HuggingFaceTokenizer(tokenizer).fingerprint()
 
 
 def _configured(settings: dict[str, Any]) -> tuple[MemoryConfig, AdaptationConfig]:

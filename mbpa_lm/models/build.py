@@ -10,6 +10,10 @@ Model = LSTMLanguageModel | TransformerLanguageModel
 
 def check_model(config: ModelConfig) -> None:
     """Raise ConfigError for settings that can be known to be wrong before any text is read."""
+    if config.pretrained:
+        raise ConfigError(
+            f"model.pretrained {config.pretrained!r} is evaluated, not trained here; leave it out, or use evaluate.py"
+        )
     if config.kind == "transformer":
         check_settings(config)
 

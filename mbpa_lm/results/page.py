@@ -104,11 +104,7 @@ def _published(runs: Sequence[Run]) -> str:
     rows = [[model, f"{ptb}", f"{wikitext}", source] for model, ptb, wikitext, source in PUBLISHED]
     ours: dict[str, dict[str, Run]] = defaultdict(dict)
     for run in runs:
-        if (
-            run.split == "test"
-            and run.metrics["config"]["model"]["kind"] == "lstm"
-            and not run.metrics["config"]["evaluation"]["max_tokens"]
-        ):
+        if run.split == "test" and run.is_lstm and not run.metrics["config"]["evaluation"]["max_tokens"]:
             ours[run.settings].setdefault(run.metrics["config"]["data"]["corpus"], run)
     seen: list[list[str]] = []
     for settings, by_corpus in ours.items():

@@ -35,9 +35,16 @@ class Run:
     @property
     def model(self) -> str:
         model = self.metrics["config"]["model"]
-        if model["kind"] == "lstm":
+        if model.get("pretrained"):
+            return f"{Path(model['pretrained']).name} ({self.metrics['parameters'] / 1e6:.1f} M)"
+        if self.is_lstm:
             return f"{model['layers']} x {model['hidden_size']} LSTM"
         return f"{model['architecture']} ({self.metrics['parameters'] / 1e6:.1f} M)"
+
+    @property
+    def is_lstm(self) -> bool:
+        model = self.metrics["config"]["model"]
+        return model["kind"] == "lstm" and not model.get("pretrained")
 
     @property
     def settings(self) -> str:
@@ -57,7 +64,7 @@ class Run:
         """Return what runs are sorted by: text, model, tuned or not, split, name."""
         corpus = self.metrics["config"]["data"]["corpus"]
         place = list(TEXTS).index(corpus) if corpus in TEXTS else len(TEXTS)
-        return place, self.metrics["config"]["model"]["kind"] != "lstm", self.settings, self.split != "test", self.folder.name
+        return place, not self.is_lstm, self.settings, self.split != "test", self.folder.name
 
     def is_like(self) -> str:
         """Return what runs have in common that differ by their seed only."""

@@ -5,28 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 import mbpa_lm
 from mbpa_lm.errors import ConfigError, DatastoreError
 from tests.integrations.test_adapting import loss_of
-from tests.integrations.tiny import V, load, tokens
+from tests.integrations.tiny import load, tokens
+from tests.integrations.words import WORDS, save_tokenizer
 
-WORDS = [f"w{number}" for number in range(3, V)]
 DOCUMENTS = [" ".join(WORDS[index] for index in (tokens(50, seed)[0] - 3).tolist()) for seed in range(4)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tokenizer of words, saved and loaded as a pretrained one is."""
-    vocabulary = {word: index for index, word in enumerate(["<s>", "</s>", "<pad>", *WORDS])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="<pad>", unk_token="<pad>").save_pretrained(
-        folder
-    )
+    save_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -100,6 +94,6 @@ def test_a_memory_that_cannot_be_written_leaves_nothing(models: Path, tokenizer:
     memory = mbpa_lm.Memory(load("llama", models), tokenizer)
     memory.add_documents(DOCUMENTS)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DatastoreError, match="could not be written: (Not a directory|File exists)"):
+    with pytest.raises(DatastoreError, match=r"could not be written: (Not a directory|File exists)"):
         memory.save(tmp_path / "file" / "saved")
     assert len(memory) == 4 * 51 - 1

@@ -8,20 +8,12 @@ import hashlib
 import json
 from typing import Any
 
-import numpy as np
 import torch
-
-from mbpa_lm.memory.datastore.manifest import Identity
 
 NUMBERS = 256
 """That are read of each weight."""
 LEFT_OUT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Of a configuration: what does not change what the model computes, or is in the weights."""
-
-
-def identity_of(model: Any, tokenizer: Any | None) -> Identity:
-    """Return the fingerprints of a model and of its tokenizer, that of none where there is none."""
-    return Identity(model_fingerprint(model), tokenizer_fingerprint(tokenizer))
 
 
 def model_fingerprint(model: Any) -> str:
@@ -34,13 +26,4 @@ def model_fingerprint(model: Any) -> str:
             flat = weight.detach().flatten()
             places = torch.linspace(0, len(flat) - 1, min(NUMBERS, len(flat)), dtype=torch.float64).long()
             found.update(flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any | None) -> str:
-    """Return a fingerprint of a tokenizer's vocabulary and of how it cuts a text."""
-    found = hashlib.sha256()
-    if tokenizer is not None:
-        found.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-        found.update(np.asarray(tokenizer("A text,  to be cut: 12,345 naïve words.\n").input_ids, dtype=np.int64).tobytes())
     return found.hexdigest()

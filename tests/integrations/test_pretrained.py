@@ -1,0 +1,88 @@
+"""evaluate.py on models of transformers that were trained elsewhere."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mbpa_lm import commands
+from tests.integrations.tiny import ARCHITECTURES
+from tests.integrations.words import save_tokenizer
+
+Options = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def pretrained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saves a model of an architecture with a tokenizer of the corpus's words."""
+    words = sorted(set((corpus / "train.txt").read_text().split()))
+
+    def make(architecture: str) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        V = save_tokenizer(folder, words)
+        torch.manual_seed(0)
+        special = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(architecture, **special, **ARCHITECTURES[architecture])
+        ).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def evaluate(options: Options, run: Path, folder: Path, experts: str, *more: str) -> dict[str, Any]:
+    arguments = options(run, "--model.pretrained", str(folder), "--experts", experts, "--evaluation.max_tokens", "200", *more)
+    assert commands.evaluate(arguments) == 0
+    return dict(json.loads((run / "metrics.json").read_text())["experts"])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mamba", "granite"])
+def test_all_experts_run_on_a_pretrained_model(
+    architecture: str, pretrained: Callable[[str], Path], options: Options, corpus: Path, tmp_path: Path
+) -> None:
+    folder = pretrained(architecture)
+    every = "base,mbpa,persistent,mbpa+persistent,cache,knn,dynamic"
+    found = evaluate(options, tmp_path / "run", folder, every)
+    assert set(found) >= {*every.replace("cache", "cache-100").split(","), "gate"}
+    ids = AutoTokenizer.from_pretrained(folder)((corpus / "test.txt").read_text(), return_tensors="pt").input_ids[:, :201]
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(folder)(ids, labels=ids).loss.item()
+    assert found["base"]["nats_per_token"] == pytest.approx(loss, abs=1e-4)
+    assert found["gate"]["perplexity"] < found["base"]["perplexity"]
+
+
+def test_a_soft_cap_is_for_all_but_persistent_adaptation(
+    pretrained: Callable[[str], Path], options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pretrained("gemma2")
+    found = evaluate(options, tmp_path / "run", folder, "base,mbpa,cache,knn", "--model.dtype", "bfloat16")
+    assert found["gate"]["perplexity"] < found["base"]["perplexity"]
+    arguments = options(tmp_path / "other", "--model.pretrained", str(folder), "--experts", "base,persistent")
+    assert commands.evaluate(arguments) == 2
+    assert "needs logits without a soft cap" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model.pretrained", "nowhere/at/all"], "model.pretrained 'nowhere/at/all' could not be loaded"),
+        (["--model.pretrained", "x", "--checkpoint", "y"], "--checkpoint and --model.pretrained name two models"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_in_one_line(
+    more: list[str], message: str, options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.evaluate(options(tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_it_is_not_trained_here(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.train(options(tmp_path / "run", "--model.pretrained", "x")) == 2
+    assert "is evaluated, not trained here" in capsys.readouterr().err
