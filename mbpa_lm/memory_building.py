@@ -19,18 +19,20 @@ from mbpa_lm.memory.datastore.entry_files import columns
 from mbpa_lm.memory.datastore.maintenance import append_store, check_alike, check_whole, export
 from mbpa_lm.memory.datastore.manifest import FILE, IndexKind, Layout
 from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.pretrained import pretrained_checkpoint
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.remember import Text
 from mbpa_lm.resources import training_text
 
 
-def build_memory(config: Config, checkpoint_path: Path, folder: Path, text_path: Path | None) -> None:
+def build_memory(config: Config, checkpoint_path: Path | None, folder: Path, text_path: Path | None) -> None:
     """Write a text, or the training text, into a new memory, or go on with one that was interrupted.
 
+    Without a checkpoint, it is the memory of the model that `model.pretrained` names.
     Raises CheckpointError and DataError where model or text cannot be read, DatastoreError where the memory cannot be written,
     or holds another text.
     """
-    checkpoint = _load(config, checkpoint_path)
+    checkpoint = _load(config, checkpoint_path, text_path is None)
     text = training_text(config, checkpoint) if text_path is None else _read(config, checkpoint, text_path)
     layout = Layout(checkpoint.model.hidden_size, likely_words_kept(config, checkpoint), config.memory.key_type)
     if not _is_there(folder):
@@ -45,9 +47,9 @@ def build_memory(config: Config, checkpoint_path: Path, folder: Path, text_path:
     _show_peak()
 
 
-def add_to_memory(config: Config, checkpoint_path: Path, folder: Path, text_path: Path) -> None:
+def add_to_memory(config: Config, checkpoint_path: Path | None, folder: Path, text_path: Path) -> None:
     """Write a text into a memory that there is, or go on with it; raises what `build_memory` does."""
-    checkpoint = _load(config, checkpoint_path)
+    checkpoint = _load(config, checkpoint_path, False)
     with _open_to_write(config, checkpoint, folder) as store:
         build(store, checkpoint.model, _read(config, checkpoint, text_path), config.memory)
     show_memory(folder)
@@ -157,7 +159,9 @@ def export_memory(folder: Path, path: Path) -> None:
     console.print(f"written to {path}: {_size(path.stat().st_size)}", markup=False)
 
 
-def _load(config: Config, path: Path) -> Checkpoint:
+def _load(config: Config, path: Path | None, needs_training_text: bool) -> Checkpoint:
+    if path is None:
+        return pretrained_checkpoint(config, needs_training_text)
     checkpoint = load_checkpoint(find_checkpoint(path))
     checkpoint.model.to(pick_device(config.run.device)).eval()
     return checkpoint

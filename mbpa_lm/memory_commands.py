@@ -14,6 +14,7 @@ from mbpa_lm.errors import ConfigError, did_you_mean, reason
 USAGE = """usage: mbpa-memory COMMAND ...
 
   build   --checkpoint RUN --output FOLDER [--text PATH]   a memory of the training text, or of a file or folder of text
+          --model.pretrained NAME, for --checkpoint RUN,   of a model of transformers: its name on the hub, or its folder
   add     --checkpoint RUN --output FOLDER --text PATH     more text into a memory
   index   FOLDER [--kind KIND]                             an index over all entries there are now
   compact FOLDER                                           its keys in the index alone, which are half of its size
@@ -52,22 +53,27 @@ def _add(arguments: Sequence[str]) -> None:
 
 def _remember(command: str, description: str, arguments: Sequence[str]) -> None:
     parser = make_parser(f"mbpa-memory {command}", description)
-    parser.add_argument("--checkpoint", type=str, help="Run folder or checkpoint folder that train.py wrote (required).")
+    parser.add_argument(
+        "--checkpoint", type=str, help="Run or checkpoint folder that train.py wrote (required, or model.pretrained)."
+    )
     parser.add_argument("--output", type=str, help="Folder of the memory (required).")
     training = " (required)." if command == "add" else "; the training text where it is left out."
     parser.add_argument("--text", type=str, help=f"Text file, or folder of files{training}")
     config, options = parse(parser, arguments)
-    for name in ("checkpoint", "output", *(["text"] if command == "add" else [])):
+    if config.model.pretrained and options["checkpoint"]:
+        raise ConfigError("--checkpoint and --model.pretrained name two models; give one of them")
+    checkpoint = [] if config.model.pretrained else ["checkpoint"]
+    for name in (*checkpoint, "output", *(["text"] if command == "add" else [])):
         if not options[name]:
             raise ConfigError(f"--{name} is missing; mbpa-memory {command} --help says what it is")
     prepare_machine(config, keep_memory=not config.memory.resident_gib)
     from mbpa_lm.memory_building import add_to_memory, build_memory
 
-    checkpoint, output = Path(options["checkpoint"]), Path(options["output"])
+    path, output = Path(options["checkpoint"]) if options["checkpoint"] else None, Path(options["output"])
     if command == "add":
-        add_to_memory(config, checkpoint, output, Path(options["text"]))
+        add_to_memory(config, path, output, Path(options["text"]))
     else:
-        build_memory(config, checkpoint, output, Path(options["text"]) if options["text"] else None)
+        build_memory(config, path, output, Path(options["text"]) if options["text"] else None)
 
 
 def _index(arguments: Sequence[str]) -> None:

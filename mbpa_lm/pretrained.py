@@ -20,12 +20,16 @@ from mbpa_lm.models.pretrained import load_pretrained
 from mbpa_lm.progress import token_progress
 
 
-def pretrained_checkpoint(config: Config) -> Checkpoint:
+def pretrained_checkpoint(config: Config, needs_training_text: bool = True) -> Checkpoint:
     """Load the model that `model.pretrained` names; raises ConfigError where it cannot be, DataError where there is no text.
 
     What is measured on the training text is kept beside the tokens, in a folder that is named by the model's fingerprint.
+    Where no training text is needed, none is read, and there is no such folder.
     """
     model, tokenizer = load_pretrained(config.model, pick_device(config.run.device))
+    if not needs_training_text:
+        no_counts = torch.zeros(model.vocabulary_size, dtype=torch.int64)
+        return Checkpoint(Path(), model, tokenizer, no_counts, {}, model_fingerprint(model.causal_lm), None)
     corpus = open_corpus(config.data)
     with token_progress(f"tokenizing {corpus.name} train") as progress:
         tokens = open_stream(corpus, "train", tokenizer, Path(config.data.token_folder), progress).tokens

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import mbpa_lm
 from mbpa_lm import commands
+from mbpa_lm.memory_commands import memory as memory_command
 from tests.integrations.tiny import ARCHITECTURES
 from tests.integrations.words import save_tokenizer
 
@@ -86,3 +88,23 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(
 def test_it_is_not_trained_here(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.train(options(tmp_path / "run", "--model.pretrained", "x")) == 2
     assert "is evaluated, not trained here" in capsys.readouterr().err
+
+
+def test_a_memory_of_documents_is_built_for_a_pretrained_model_and_loaded(
+    pretrained: Callable[[str], Path], options: Options, corpus: Path, tmp_path: Path
+) -> None:
+    folder, output = pretrained("llama"), tmp_path / "memory"
+    (tmp_path / "more.txt").write_text((corpus / "valid.txt").read_text())
+    named = ("--model.pretrained", str(folder), "--output", str(output), "--text")
+    assert memory_command(["build", *options(tmp_path / "run", *named, str(corpus / "test.txt"))]) == 0
+    assert memory_command(["add", *options(tmp_path / "run", *named, str(tmp_path / "more.txt"))]) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    memory = mbpa_lm.Memory.load(output, model, tokenizer)
+    texts = [(corpus / f"{split}.txt").read_text() for split in ("test", "valid")]
+    assert len(memory) == sum(len(tokenizer(text).input_ids) - 1 for text in texts)
+    ids = tokenizer(texts[0], return_tensors="pt").input_ids[:, :200]
+    with torch.no_grad(), mbpa_lm.adapt(model, memory, write="nothing"):
+        with_memory = model(ids, labels=ids).loss
+    assert with_memory < model(ids, labels=ids).loss - 0.3
+    found = evaluate(options, tmp_path / "scored", folder, "base,mbpa,knn", "--memory.datastores", f"[{output}]")
+    assert found["mbpa"]["perplexity"] < 0.8 * found["base"]["perplexity"]
