@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mbpa_lm.integrations.adapting import adapt
     from mbpa_lm.integrations.memory import Memory
+    from mbpa_lm.integrations.perplexity import perplexity
 
 __version__ = "0.1.0"
-__all__ = ["Memory", "adapt"]
+__all__ = ["Memory", "adapt", "perplexity"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from mbpa_lm.integrations.adapting import adapt
 
         return adapt
+    if name == "perplexity":
+        from mbpa_lm.integrations.perplexity import perplexity
+
+        return perplexity
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

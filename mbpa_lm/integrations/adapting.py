@@ -22,7 +22,7 @@ from mbpa_lm.integrations.reading import Piece, RowReader
 
 
 @contextmanager
-def adapt(model: Any, memory: Memory, write: Write = "prompts") -> Iterator[Any]:
+def adapt(model: Any, memory: Memory, write: Write = "prompts") -> Iterator["Adapter"]:
     """Give a model a memory.
 
     Args: write: what is remembered of what the model reads: nothing; prompts, which is all that is given to `model(...)` and to
@@ -35,7 +35,7 @@ def adapt(model: Any, memory: Memory, write: Write = "prompts") -> Iterator[Any]
         raise ModelError(f"the memory was made for another {type(model).__name__}: Memory(model)")
     if "generate" in vars(model):
         raise ModelError(f"this {type(model).__name__} is adapted already; leave the other block first")
-    adapter = _Adapter(model, memory, write)
+    adapter = Adapter(model, memory, write)
     hooks = [
         memory.language_model.head.base.register_forward_hook(adapter.after_base),
         model.register_forward_pre_hook(adapter.before, with_kwargs=True),
@@ -43,7 +43,7 @@ def adapt(model: Any, memory: Memory, write: Write = "prompts") -> Iterator[Any]
     ]
     model.generate = adapter.generate
     try:
-        yield model
+        yield adapter
     finally:
         del model.generate
         for hook in hooks:
@@ -59,11 +59,11 @@ class _Call:
     first_column: int  # of these tokens in their texts
 
 
-class _Adapter:
-    """What the hooks do."""
+class Adapter:
+    """What the hooks do; `write` may be changed while they do it."""
 
     def __init__(self, model: Any, memory: Memory, write: Write) -> None:
-        self._model, self._memory, self._write = model, memory, write
+        self._model, self._memory, self.write = model, memory, write
         self._generate = model.generate
         self._generation: Generation | None = None
         self._call: _Call | None = None
@@ -76,7 +76,7 @@ class _Adapter:
     def before(self, model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Note what is about to be read."""
         tokens = inputs[0] if inputs else named.get("input_ids")
-        if tokens is None and self._write != "nothing":
+        if tokens is None and self.write != "nothing":
             raise ModelError("inputs_embeds has no tokens that could be remembered; adapt(..., write='nothing') reads them")
         first = self._read_before(named.get("cache"))
         size = tokens if tokens is not None else named["inputs_embeds"]
@@ -121,9 +121,14 @@ class _Adapter:
             return output
         return (*(() if loss is None else (loss,)), adapted, *output[place + 1 :])
 
+    def end(self, tokens_B: Tensor) -> None:
+        """Say which token follows each text that was read last, for the last position to be remembered."""
+        for row, token in zip(self._rows, tokens_B, strict=True):
+            row.end(token[None])
+
     def generate(self, *inputs: Any, **named: Any) -> Any:
         """Do what the model's own `generate` does; raises ModelError for ways that cannot be remembered."""
-        self._generation = Generation.of(self._model, inputs, named, self._write)
+        self._generation = Generation.of(self._model, inputs, named, self.write)
         try:
             return self._generate(*inputs, **{"disable_compile": True, **named})  # a compiled model would pass the hooks by
         finally:
@@ -169,10 +174,10 @@ class _Adapter:
     def _stored(self, row: int, columns_n: Tensor, tokens_n: Tensor) -> Tensor:
         """Return which positions (n,) of a row are to be remembered."""
         generation = self._generation
-        stored_n = torch.full_like(tokens_n, self._write != "nothing", dtype=torch.bool)
+        stored_n = torch.full_like(tokens_n, self.write != "nothing", dtype=torch.bool)
         if generation is None:
             return stored_n
-        if self._write == "prompts":
+        if self.write == "prompts":
             stored_n &= columns_n + 1 < generation.prompt_columns
         if self._memory.rows == "shared" and row % generation.copies:
             stored_n[:] = False  # the same prompt is in another row

@@ -38,8 +38,10 @@ Rows = Literal["shared", "own"]
 SETTINGS = "settings.json"
 LONGEST_CONTEXT, TOKENS_WITHOUT_TEXT = 1024, 256
 """Tokens of a document that are read before the context begins anew, where the model has no shorter one."""
-OFFERED = ("size", "neighbours", "likely_words", "key_type", "index", "resident_gib", "gpus")
-"""Settings of the memory, of those that MemoryConfig has."""
+OF_MEMORY = ("size", "neighbours", "likely_words", "key_type", "index", "resident_gib", "gpus")
+OF_ADAPTATION = tuple(field.name for field in fields(AdaptationConfig) if field.name != "weight")
+SETTING_NAMES = (*OF_MEMORY, *OF_ADAPTATION)
+"""Settings of a memory, by the names that they have in MemoryConfig and AdaptationConfig."""
 
 
 class Memory:
@@ -230,9 +232,8 @@ def _fingerprint_of(tokenizer: Any | None) -> str:
 
 def _configured(settings: dict[str, Any]) -> tuple[MemoryConfig, AdaptationConfig]:
     """Return the sections that settings by their bare names make."""
-    of_adaptation = {field.name for field in fields(AdaptationConfig)} - {"weight"}
     for name in settings:
-        if name not in of_adaptation and name not in OFFERED:
-            raise ConfigError(f"a memory has no setting {name!r}; {did_you_mean(name, [*OFFERED, *of_adaptation])}")
-    memory = {name: value for name, value in settings.items() if name in OFFERED}
-    return MemoryConfig(**memory), AdaptationConfig(**{name: settings[name] for name in settings if name in of_adaptation})
+        if name not in SETTING_NAMES:
+            raise ConfigError(f"a memory has no setting {name!r}; {did_you_mean(name, SETTING_NAMES)}")
+    memory = {name: value for name, value in settings.items() if name in OF_MEMORY}
+    return MemoryConfig(**memory), AdaptationConfig(**{name: settings[name] for name in settings if name in OF_ADAPTATION})

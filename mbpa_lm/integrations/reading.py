@@ -56,11 +56,16 @@ class RowReader:
         if self._memory.rows == "own":
             self._memory.forget(self._row)
 
+    def end(self, token_1: Tensor) -> None:
+        """Take the token (1,) that follows the last position, without reading it."""
+        if self._waiting is not None:
+            self._memory.window(self._row).write(replace(self._waiting, values=token_1))
+            self._waiting = None
+
     def read(self, piece: Piece) -> Tensor:
         """Return the adapted logits (k, V) of the positions wanted, and remember what is to be remembered."""
-        if self._waiting is not None and len(piece.tokens_n):
-            self._memory.window(self._row).write(replace(self._waiting, values=piece.tokens_n[:1]))
-            self._waiting = None
+        if len(piece.tokens_n):
+            self.end(piece.tokens_n[:1])
         if not bool(piece.stored_n.any()):  # then the others matter to nobody
             every = torch.arange(len(piece.wanted_k), device=piece.wanted_k.device)
             chosen = (piece.tokens_n[piece.wanted_k], piece.keys_nd[piece.wanted_k], piece.stored_n[piece.wanted_k])
