@@ -14,7 +14,7 @@ from mbpa_lm.config import Config
 from mbpa_lm.config.checks import known
 from mbpa_lm.data.corpora import Corpus, open_corpus
 from mbpa_lm.data.streams import open_stream
-from mbpa_lm.datastores import TRAINING, identity_of, likely_words_kept, open_datastores, open_one, training_datastore
+from mbpa_lm.datastores import TRAINING, identity_of, knows, likely_words_kept, open_datastores, open_one, training_datastore
 from mbpa_lm.dynamic_evaluation import DynamicModel, DynamicRule
 from mbpa_lm.errors import CheckpointError, ConfigError
 from mbpa_lm.experts.base import Expert
@@ -152,8 +152,13 @@ def make_slow_weights(config: Config, checkpoint: Checkpoint, experts: Sequence[
 
 
 def make_knn_store(config: Config, checkpoint: Checkpoint) -> EntryStore:
-    """Return the datastore of the training text, made where it is not kept, together with the configured ones."""
+    """Return the datastore of the training text, made where it is not kept, together with the configured ones.
+
+    Where one of those holds the training text, that is the one.
+    """
     others = [open_one(config, checkpoint, Path(name)) for name in config.memory.datastores if name != TRAINING]
+    if knows(config, checkpoint.corpus["train"]):
+        return JoinedStores(others)
     return JoinedStores([training_datastore(config, checkpoint, partial(training_text, config, checkpoint)), *others])
 
 

@@ -227,3 +227,17 @@ def test_a_memory_that_is_open_is_not_opened_again_until_it_changes(
     with Datastore.open(folder, writable=True) as writer:
         writer.add(*store.entries_between(0, 5))
     assert len(open_one(config, checkpoint, folder)) == len(store) + 5
+
+
+def test_a_memory_of_the_training_text_is_that_of_knn(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    evaluate = [*options(tmp_path / "run"), "--checkpoint", str(trained_run), "--experts", "base,knn"]
+    assert commands.evaluate(evaluate) == 0
+    expected = json.loads((tmp_path / "run" / "metrics.json").read_text())["experts"]["knn"]["nats_per_token"]
+    for kept in trained_run.glob("checkpoints/*/datastore"):
+        shutil.rmtree(kept)
+    output = tmp_path / "memory"
+    assert memory(["build", *options(tmp_path / "run"), "--checkpoint", str(trained_run), "--output", str(output)]) == 0
+    assert commands.evaluate([*evaluate, "--memory.datastores", f"[{output}]"]) == 0
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())["experts"]["knn"]["nats_per_token"]
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert not list(trained_run.glob("checkpoints/*/datastore"))

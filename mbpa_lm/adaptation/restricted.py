@@ -23,14 +23,14 @@ known for the moved words only, and guessed for the others.
 Dimensions: `B` queries, `K` neighbours, `c` likely words a neighbour, `n` different words, `S` = K + M moved words, `d`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mbpa_lm.adaptation import dual
 from mbpa_lm.adaptation.moved_words import choose_moved_words
-from mbpa_lm.adaptation.problem import BaseSoftmax, Problem, pick
+from mbpa_lm.adaptation.problem import BaseSoftmax, Problem, at_least_single, pick
 from mbpa_lm.adaptation.products import span_products
 from mbpa_lm.adaptation.rule import AdaptationRule
 from mbpa_lm.adaptation.steps import SPAN_OPTIMIZERS, shift_at, take_steps
@@ -98,6 +98,37 @@ def solve_with_bounds(
     return Solution(log_probabilities, bounds_B, widened_B)
 
 
+def add_shifts(
+    problem: Problem, rule: AdaptationRule, logits_BV: Tensor, moved_words: int = 16, tolerance: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """Add to logits (B, V), in place, what the steps change, up to one number that all words of a query share.
+
+    Only the few words that are shifted are touched: nothing is summed over the vocabulary but for queries whose bound is above
+    the tolerance. `problem.base.log_probabilities_BV` is not looked at. Returns the bounds (B,) and which queries were solved
+    with more words (B,). Raises what `solve_with_bounds` does.
+    """
+    rule.require("restricted", SPAN_OPTIMIZERS)
+    problem = problem.accumulating_but_the_layer()
+    bounds, widened = [], []
+    for begin in range(0, len(logits_BV), QUERIES_AT_ONCE):
+        rows = slice(begin, begin + QUERIES_AT_ONCE)
+        part, logits = problem.rows(rows), logits_BV[rows]
+        words, shift_Bn, bounds_B = _find_shifts(part, rule, moved_words)
+        is_wide_B = bounds_B > tolerance
+        shift_Bn = shift_Bn.masked_fill(~words.filled_Bn | is_wide_B[:, None], 0)
+        logits.scatter_add_(1, words.words_Bn, shift_Bn.to(logits.dtype))
+        wide = is_wide_B.nonzero()[:, 0]
+        if len(wide):
+            some = part.rows(wide)
+            assert some.base is not None
+            base = replace(some.base, log_probabilities_BV=torch.log_softmax(at_least_single(logits[wide]), dim=-1))
+            solution = solve_with_bounds(replace(some, base=base), rule, None, moved_words * WIDENING, tolerance)
+            logits[wide], bounds_B[wide] = solution.log_probabilities.to(logits.dtype), solution.bounds_B
+        bounds.append(bounds_B)
+        widened.append(is_wide_B)
+    return torch.cat(bounds), torch.cat(widened)
+
+
 def _solve_wider(
     problem: Problem, rule: AdaptationRule, targets_B: Tensor | None, likely_words: int, moved_words: int
 ) -> tuple[Tensor, Tensor]:
@@ -113,6 +144,13 @@ def _solve_wider(
 
 
 def _solve_some(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None, moved_words: int) -> tuple[Tensor, Tensor]:
+    assert problem.base is not None
+    words, shift_Bn, bounds_B = _find_shifts(problem, rule, moved_words)
+    return _shifted(problem.base.log_probabilities_BV, words, shift_Bn, targets_B), bounds_B
+
+
+def _find_shifts(problem: Problem, rule: AdaptationRule, moved_words: int) -> tuple[MergedWords, Tensor, Tensor]:
+    """Return the listed and moved words of each query, how far their logits are shifted (B, n), and the bounds (B,)."""
     base = problem.base
     assert base is not None
     towards_BK, gram_BKK = span_products(problem, rule.adapt_bias)
@@ -134,8 +172,7 @@ def _solve_some(problem: Problem, rule: AdaptationRule, targets_B: Tensor | None
     unsigned_Bn = words.sum_by_word(frozen_weights_BK, base.likely_probabilities_BKc).scatter_(1, places_BS, 0)
     bounds_B = _bounds(problem, base, towards_BK, gram_BKK, frozen_weights_BK, unsigned_Bn.amax(1), sizes)
     shift_BS = shift_at(towards_BK, problem.weights_BK, own_BK, steps, places_BS.shape[1])
-    shift_Bn = listed_Bn.scatter_(1, places_BS, shift_BS)
-    return _shifted(base.log_probabilities_BV, words, shift_Bn, targets_B), bounds_B
+    return words, listed_Bn.scatter_(1, places_BS, shift_BS), bounds_B
 
 
 def _bounds(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mbpa_lm.adaptation import dual, reference, restricted
 from mbpa_lm.adaptation.kernels import Weighting, gaussian, inverse_distance, normalized, unnormalized, within_reach
-from mbpa_lm.adaptation.problem import BaseSoftmax, Problem, TrainedSoftmax, pick
+from mbpa_lm.adaptation.problem import BaseSoftmax, Problem, TrainedSoftmax, at_least_single, pick
 from mbpa_lm.adaptation.rule import AdaptationRule
 from mbpa_lm.adaptation.selection import most_informative
 from mbpa_lm.config import AdaptationConfig
@@ -47,6 +47,30 @@ class MbpaExpert(Expert):
         """Return the adapted log-probabilities (C,) of the targets; raises AdaptationError where they are not finite."""
         return self._adapt(chunk, targets)
 
+    def add_to_logits(self, logits: Tensor, hidden_states: Tensor, neighbours: Neighbours) -> None:
+        """Change logits (C, V) to those of the adapted layer, in place, up to a number that all words of a position share.
+
+        Raises AdaptationError where they are not finite.
+        """
+        if self.is_idle:
+            return
+        found = self._select(neighbours, hidden_states)
+        kept = found.entries
+        base = BaseSoftmax(logits, kept.log_partitions, kept.likely_words, kept.likely_probabilities)
+        weights = self._weigh(found.squared_distances)
+        layer, config = self._layer, self._config
+        states = (kept.keys, kept.values, weights, hidden_states)
+        problem = Problem(
+            layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), *states, base, layer.softcap
+        )
+        if config.solver != "restricted":
+            base = replace(base, log_probabilities_BV=torch.log_softmax(at_least_single(logits), dim=-1))
+            logits.copy_(self._solve(replace(problem, base=base), None))
+            return
+        bounds, widened = restricted.add_shifts(problem, self._rule, logits, config.moved_words, config.tolerance)
+        self._check_finite(bounds)
+        self._bounds.add(restricted.Solution(logits, bounds, widened))
+
     def details(self) -> dict[str, float]:
         """Return what is known of the solver's own error so far: nothing where it makes none."""
         return self._bounds.summary()
@@ -61,12 +85,15 @@ class MbpaExpert(Expert):
             start = chunk.base_log_probabilities if chunk.slow is None else chunk.slow.log_probabilities
             return pick(start, targets)
         adapted = self._solve(self._problem(chunk), targets)
-        if not bool(torch.isfinite(adapted).all()):
+        self._check_finite(adapted)
+        return adapted
+
+    def _check_finite(self, numbers: Tensor) -> None:
+        if not bool(torch.isfinite(numbers).all()):
             raise AdaptationError(
                 f"the adaptation diverged with adaptation.alpha {self._rule.alpha} and adaptation.steps {self._rule.steps}; "
                 f"make one of them smaller"
             )
-        return adapted
 
     def _solve(self, problem: Problem, targets: Tensor | None) -> Tensor:
         if self._config.solver == "dual":

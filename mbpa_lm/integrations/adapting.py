@@ -151,25 +151,21 @@ class Adapter:
         places_k = places_k[kept.to(places_k)] if isinstance(kept, Tensor) else places_k[-kept:] if kept else places_k
         order_k = places_k.argsort()
         keys_BTd = self._memory.language_model.head.keys(hidden_states_BTd).to(logits_BkV.device)
-        adapted = logits_BkV
+        adapted_BkV = logits_BkV.detach().clone() if logits_BkV.requires_grad else logits_BkV
         for row in range(rows):
             valid_T = torch.ones(columns, dtype=torch.bool) if call.mask_BT is None else call.mask_BT[row].cpu()
             valid_n = valid_T.nonzero()[:, 0].to(logits_BkV.device)
-            tokens = valid_n.new_zeros(len(valid_n)) if call.tokens_BT is None else call.tokens_BT[row].to(valid_n)[valid_n]
-            stored_n = self._stored(row, call.first_column + valid_n, tokens)
+            tokens_n = valid_n.new_zeros(len(valid_n)) if call.tokens_BT is None else call.tokens_BT[row].to(valid_n)[valid_n]
+            stored_n = self._stored(row, call.first_column + valid_n, tokens_n)
             wanted = [place for place in order_k.tolist() if bool(valid_T[places_k[place]])]
-            piece = Piece(
-                tokens,
-                keys_BTd[row, valid_n],
-                stored_n,
-                logits_BkV[row, wanted],
-                torch.searchsorted(valid_n, places_k[wanted]),
+            is_all = wanted == list(range(logits_BkV.shape[1]))
+            logits_kV = adapted_BkV[row] if is_all else adapted_BkV[row, wanted]
+            self._rows[row].read(
+                Piece(tokens_n, keys_BTd[row, valid_n], stored_n, logits_kV, torch.searchsorted(valid_n, places_k[wanted]))
             )
-            found_kV = self._rows[row].read(piece)
-            if found_kV is not piece.logits_kV and len(wanted):
-                adapted = adapted.clone() if adapted is logits_BkV else adapted
-                adapted[row, wanted] = found_kV
-        return adapted
+            if not is_all:
+                adapted_BkV[row, wanted] = logits_kV
+        return adapted_BkV
 
     def _stored(self, row: int, columns_n: Tensor, tokens_n: Tensor) -> Tensor:
         """Return which positions (n,) of a row are to be remembered."""

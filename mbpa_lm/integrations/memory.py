@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mbpa_lm.config import AdaptationConfig, MemoryConfig
 from mbpa_lm.data.tokenizers import HuggingFaceTokenizer
@@ -25,6 +27,7 @@ from mbpa_lm.datastores import build, index_kind, limit_of
 from mbpa_lm.durable import replace_json
 from mbpa_lm.errors import ConfigError, DatastoreError, did_you_mean, reason
 from mbpa_lm.experts.mbpa import MbpaExpert
+from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.composite import CompositeMemory
 from mbpa_lm.memory.datastore.manifest import Identity, Layout
 from mbpa_lm.memory.datastore.store import Datastore
@@ -147,6 +150,11 @@ class Memory:
         """Return the same, searched together with the documents."""
         window = self.window(row)
         return window if self._store is None else CompositeMemory(window, self._store)
+
+    def only_keys(self, keys_nd: Tensor, values_n: Tensor) -> Entries:
+        """Return entries that ask and are not stored: their other columns hold nothing of use."""
+        words = keys_nd.new_empty(len(keys_nd), self.config.likely_words)
+        return Entries(keys_nd, values_n, words.new_empty(len(keys_nd), dtype=torch.float32), words.int(), words)
 
     def forget(self, row: int | None = None) -> None:
         """Forget what was read, of one row or of all; documents stay."""

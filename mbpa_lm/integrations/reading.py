@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mbpa_lm.adaptation.likely_words import likely_words
 from mbpa_lm.adaptation.problem import at_least_single, normalize
-from mbpa_lm.experts.base import Chunk
 from mbpa_lm.integrations.memory import Memory
 from mbpa_lm.memory.base import Entries
 
@@ -29,17 +28,16 @@ class Piece:
     tokens_n: Tensor  # int64
     keys_nd: Tensor  # hidden states as the output layer takes them
     stored_n: Tensor  # bool: which are to be remembered, once the token after them is known
-    logits_kV: Tensor  # of the positions wanted
+    logits_kV: Tensor  # of the positions wanted, to be adapted in place
     wanted_k: Tensor  # which those are, ascending
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Consecutive positions of a piece with what the base model predicts there."""
+    """Consecutive positions of a piece with what they leave behind."""
 
-    entries: Entries  # the value of the piece's last position is not known
+    entries: Entries  # the value of the piece's last position is not known; of the others nothing but keys, if none is stored
     stored: Tensor  # bool; the piece's last position is not, it waits
-    base_log_probabilities: Tensor  # (n, V), in at least single precision
     begin: int
 
 
@@ -62,8 +60,8 @@ class RowReader:
             self._memory.window(self._row).write(replace(self._waiting, values=token_1))
             self._waiting = None
 
-    def read(self, piece: Piece) -> Tensor:
-        """Return the adapted logits (k, V) of the positions wanted, and remember what is to be remembered."""
+    def read(self, piece: Piece) -> None:
+        """Adapt the logits of the positions wanted, in place, and remember what is to be remembered."""
         if len(piece.tokens_n):
             self.end(piece.tokens_n[:1])
         if not bool(piece.stored_n.any()):  # then the others matter to nobody
@@ -74,8 +72,8 @@ class RowReader:
         for part in self._parts(piece, 0, first, are_wanted=False):
             self._memory.window(self._row).write(part.entries.rows(part.stored))
         are_wanted = len(piece.tokens_n) - first == len(piece.wanted_k)
-        adapted = [self._adapted(piece, part) for part in self._parts(piece, first, len(piece.tokens_n), are_wanted)]
-        return torch.cat(adapted) if adapted else piece.logits_kV
+        for part in self._parts(piece, first, len(piece.tokens_n), are_wanted):
+            self._adapt(piece, part)
 
     def _parts(self, piece: Piece, begin: int, end: int, are_wanted: bool) -> Iterator[_Part]:
         """Cut positions [begin, end) into parts; if their logits are wanted, all of them are, and are there."""
@@ -84,30 +82,31 @@ class RowReader:
         for first in range(begin, end, at_once):
             last = min(first + at_once, end)
             keys, stored, values = piece.keys_nd[first:last], piece.stored_n[first:last], piece.tokens_n[first + 1 : last + 1]
-            logits = piece.logits_kV[first - begin : last - begin] if are_wanted else layer.logits(keys)
-            base, log_partitions = normalize(at_least_single(logits))
             is_last = last == len(piece.tokens_n)
             if is_last:
                 values = torch.cat([values, values.new_zeros(1)])
-            entries = Entries(keys, values, log_partitions, *likely_words(base, self._memory.config.likely_words))
+            if bool(stored.any()):
+                logits = piece.logits_kV[first - begin : last - begin] if are_wanted else layer.logits(keys)
+                base, log_partitions = normalize(at_least_single(logits))
+                entries = Entries(keys, values, log_partitions, *likely_words(base, self._memory.config.likely_words))
+            else:
+                entries = self._memory.only_keys(keys, values)
             if is_last:
                 self._waiting = entries.rows(slice(-1, None)) if bool(stored[-1]) else None
                 stored = torch.cat([stored[:-1], stored.new_zeros(1)])
-            yield _Part(entries, stored, base, first)
+            yield _Part(entries, stored, first)
 
-    def _adapted(self, piece: Piece, part: _Part) -> Tensor:
+    def _adapt(self, piece: Piece, part: _Part) -> None:
+        """Change the logits of a part in place."""
         memory, entries = self._memory, part.entries
         found = memory.searched(self._row).read_and_write(entries, memory.neighbours, stored=part.stored)
         end = part.begin + len(entries.values)
         here_k = (piece.wanted_k >= part.begin) & (piece.wanted_k < end)
-        logits_kV = piece.logits_kV[here_k]
-        chunk = Chunk(entries.values, entries.keys, part.base_log_probabilities, entries.log_partitions, found)
         rows = piece.wanted_k[here_k] - part.begin
-        knows = (found.positions[rows] >= 0).any(1)  # where nothing is remembered yet, logits stay as they are
-        if memory.expert.is_idle or not bool(knows.any()):
-            return logits_kV
-        rows = rows[knows]
-        log_probabilities = memory.expert.log_probabilities(chunk.part(rows)) + entries.log_partitions[rows, None]
-        adapted = logits_kV.clone()
-        adapted[knows] = log_probabilities.to(adapted.dtype)
-        return adapted
+        if len(rows) == len(entries.values):
+            first = int(here_k.nonzero()[0, 0])
+            memory.expert.add_to_logits(piece.logits_kV[first : first + len(rows)], entries.keys, found)
+        elif len(rows):
+            logits = piece.logits_kV[here_k]
+            memory.expert.add_to_logits(logits, entries.keys[rows], found.of(rows))
+            piece.logits_kV[here_k] = logits
