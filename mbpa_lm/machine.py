@@ -1,5 +1,6 @@
 """What this computer is, and how to use it well. Knows nothing of language models."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -54,6 +55,12 @@ def bfloat16_is_faster(device: torch.device, size: int = 1024, repeats: int = 3)
         return min(times)
 
     return seconds(torch.float32) > 1.5 * seconds(torch.bfloat16)
+
+
+def release_freed_memory() -> None:
+    """Have the C library give freed memory back to the system, where it can be told to."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def resident_bytes() -> int:

@@ -49,11 +49,15 @@ def remember(
     done = len(store) - source.first_entry
     if store.manifest.sources and source.first_entry < store.manifest.sources[-1].first_entry:
         done = source.entries  # it is not the last one, so it is whole
-    side_by_side = max(1, min(SIDE_BY_SIDE, NUMBERS_AT_ONCE // (BLOCK * model.hidden_size)))
+    limit = store.memory_limit
+    waiting = min(NUMBERS_AT_ONCE, limit // 256) if limit else NUMBERS_AT_ONCE
+    logits = min(LOGITS_AT_ONCE, limit // 512) if limit else LOGITS_AT_ONCE
+    side_by_side = max(1, min(SIDE_BY_SIDE, waiting // (BLOCK * model.hidden_size)))
     while done < source.entries:
         end = min(done + BLOCK * side_by_side, source.entries)
         begins = range(done, end, BLOCK)
-        blocks = _read_blocks(model, text.tokens, [(begin, min(begin + BLOCK, end)) for begin in begins], store.likely_words)
+        parts = [(begin, min(begin + BLOCK, end)) for begin in begins]
+        blocks = _read_blocks(model, text.tokens, parts, store.likely_words, logits)
         entries = Entries(*(torch.cat(column) for column in zip(*(block.tensors() for block in blocks), strict=True)))
         documents = np.searchsorted(text.document_starts, np.arange(done, end), side="right") - 1
         store.add(entries, torch.from_numpy(np.maximum(documents, 0)) + source.first_document, source)
@@ -74,7 +78,9 @@ def _source(store: Datastore, text: Text) -> Source:
     return Source(text.name, text.fingerprint, len(store), store.manifest.documents, entries)
 
 
-def _read_blocks(model: LanguageModel, tokens: np.ndarray, blocks: list[tuple[int, int]], likely: int) -> list[Entries]:
+def _read_blocks(
+    model: LanguageModel, tokens: np.ndarray, blocks: list[tuple[int, int]], likely: int, logits: int
+) -> list[Entries]:
     """Return the entries of each block; those of one length and one warm-up are read side by side."""
     found: dict[int, Entries] = {}
     groups: dict[tuple[int, int], list[int]] = {}
@@ -82,18 +88,21 @@ def _read_blocks(model: LanguageModel, tokens: np.ndarray, blocks: list[tuple[in
         groups.setdefault((min(begin, WARM_UP), end - begin), []).append(begin)
     for (warm_up, length), begins in groups.items():
         rows = np.stack([tokens[begin - warm_up : begin + length + 1] for begin in begins]).astype(np.int64)
-        pieces = list(_read(model, torch.from_numpy(rows), warm_up, likely))
+        pieces = list(_read(model, torch.from_numpy(rows), warm_up, likely, logits))
         for row, begin in enumerate(begins):
             parts = zip(*(piece.tensors() for piece in pieces), strict=True)
             found[begin] = Entries(*(torch.cat([part[row] for part in column]) for column in parts))
     return [found[begin] for begin, _ in blocks]
 
 
-def _read(model: LanguageModel, rows_BT: Tensor, warm_up: int, likely: int) -> Iterator[Entries]:
-    """Read rows side by side, and give what the positions after the warm-up leave behind, piece by piece: (B, T, ...)."""
+def _read(model: LanguageModel, rows_BT: Tensor, warm_up: int, likely: int, logits: int) -> Iterator[Entries]:
+    """Read rows side by side, and give what the positions after the warm-up leave behind, piece by piece: (B, T, ...).
+
+    Args: logits: how many are worked on at once.
+    """
     layer = model.output_layer()
     device, count = layer.weight.device, rows_BT.shape[1] - 1
-    at_once = max(1, LOGITS_AT_ONCE // (len(rows_BT) * model.vocabulary_size))
+    at_once = max(1, logits // (len(rows_BT) * model.vocabulary_size))
     state: State | None = None
     begin = 0
     while begin < count:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mbpa_lm.durable import replacing
 from mbpa_lm.errors import DatastoreError, reason
-from mbpa_lm.machine import resident_bytes
+from mbpa_lm.machine import release_freed_memory, resident_bytes
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.datastore.checksums import BlockChecksums
 from mbpa_lm.memory.datastore.manifest import Layout
@@ -171,8 +171,12 @@ class EntryFiles:
         return max(1, self.memory_limit // 8 // COLUMNS // PAGES_AT_ONCE) if self.memory_limit else 1 << 62
 
     def keep_to_limit(self) -> None:
-        """Give back the pages that reading has made resident where there are too many; the disk's cache keeps them."""
+        """Give back freed memory, and the pages that reading has made resident, where there is too much of them.
+
+        The disk's cache keeps the pages.
+        """
         if self.memory_limit and resident_bytes() > self.memory_limit * 3 // 4:
+            release_freed_memory()
             for mapped in self._maps.values():
                 mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
@@ -205,6 +209,7 @@ class EntryFiles:
         """Show the rows that were appended: a manifest counts them now."""
         self._checksums, self._appended, self._count = self._appended, {}, count
         self._maps = self._mapped()
+        self.keep_to_limit()
 
     def give_up_keys(self, keys_from: int) -> None:
         """Keep no key of the rows before; a manifest says so already. Raises OSError where the file cannot be replaced."""

@@ -127,6 +127,11 @@ class Datastore:
         return self.manifest.entries
 
     @property
+    def memory_limit(self) -> int:
+        """Return how many resident bytes the process is to stay under, 0 for no limit."""
+        return self._memory_limit
+
+    @property
     def likely_words(self) -> int:
         """See `EntryStore.likely_words`."""
         return self.manifest.layout.likely_words
