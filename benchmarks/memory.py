@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--only", help="one kind of memory: window, flat, auto, hnsw, ivf_pq or milvus")
+    parser.add_argument("--keys", type=int, help="memories of so many keys only")
     parser.add_argument("--memory", type=Path)
     parser.add_argument("--queries", type=Path)
     parser.add_argument("--folder", type=Path, help="where the memories are written; a temporary folder where it is left out")
@@ -261,7 +262,8 @@ def main() -> None:
         save([{"backend": "existing", "keys": count, "d": d, **row}], arguments.output)
         return
     context, rows = multiprocessing.get_context("spawn"), []
-    chosen = [row for row in configurations(arguments) if arguments.only in (None, row[0])]
+    rows_to_be = configurations(arguments)
+    chosen = [row for row in rows_to_be if arguments.only in (None, row[0]) and arguments.keys in (None, row[1])]
     for backend, count, d in chosen:
         folder = tempfile.mkdtemp(dir=arguments.folder)
         results = context.Queue()
