@@ -50,8 +50,8 @@ def remember(
     if store.manifest.sources and source.first_entry < store.manifest.sources[-1].first_entry:
         done = source.entries  # it is not the last one, so it is whole
     limit = store.memory_limit
-    waiting = min(NUMBERS_AT_ONCE, limit // 256) if limit else NUMBERS_AT_ONCE
-    logits = min(LOGITS_AT_ONCE, limit // 512) if limit else LOGITS_AT_ONCE
+    waiting = min(NUMBERS_AT_ONCE, limit // 128) if limit else NUMBERS_AT_ONCE
+    logits = min(LOGITS_AT_ONCE, limit // 256) if limit else LOGITS_AT_ONCE
     side_by_side = max(1, min(SIDE_BY_SIDE, waiting // (BLOCK * model.hidden_size)))
     while done < source.entries:
         end = min(done + BLOCK * side_by_side, source.entries)
