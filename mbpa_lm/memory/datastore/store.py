@@ -179,8 +179,20 @@ class Datastore:
 
     def search(self, queries_Cd: Tensor, count: int) -> Neighbours:
         """See `EntryStore.search`; how many of the nearest an approximate index finds is in `manifest.index.recall`."""
-        queries = queries_Cd.detach().float().cpu().contiguous()
-        return nearest_entries(self._files, self._candidates(queries, count), queries_Cd, count)
+        return nearest_entries(self._files, self.candidates(queries_Cd, count), queries_Cd, count)
+
+    def candidates(self, queries_Cd: Tensor, count: int) -> Tensor:
+        """Return rows (C, n) that hold the nearest entries and some more, -1 where there are fewer; no entry is read for it."""
+        queries_Cd = queries_Cd.detach().float().cpu().contiguous()
+        indexed, found, index = 0, [], self._open_index()
+        if index is not None:
+            indexed = index.record.entries
+            found.append(torch.from_numpy(index.candidates(queries_Cd.numpy(), count)))
+        if indexed < len(self):
+            found.append(search_blocks(self._keys, indexed, len(self), queries_Cd, count))
+        if not found:
+            return torch.full((len(queries_Cd), count), -1)
+        return torch.cat(found, dim=1) if len(found) > 1 else found[0]
 
     def needs_index(self, kind: IndexKind | None = None) -> bool:
         """Say whether there is another index than asked for (None: than the size asks for), or one of far fewer entries."""
@@ -254,18 +266,6 @@ class Datastore:
     def column_between(self, name: str, begin: int, end: int) -> Tensor:
         """Return consecutive rows (n, width) of one column."""
         return self._files.between(name, begin, end)
-
-    def _candidates(self, queries_Cd: Tensor, count: int) -> Tensor:
-        """Return rows (C, n) that hold the nearest entries and some more, -1 where there are fewer."""
-        indexed, found, index = 0, [], self._open_index()
-        if index is not None:
-            indexed = index.record.entries
-            found.append(torch.from_numpy(index.candidates(queries_Cd.numpy(), count)))
-        if indexed < len(self):
-            found.append(search_blocks(self._keys, indexed, len(self), queries_Cd, count))
-        if not found:
-            return torch.full((len(queries_Cd), count), -1)
-        return torch.cat(found, dim=1) if len(found) > 1 else found[0]
 
     def _keys_of_index(self, rows: np.ndarray) -> np.ndarray:
         """Return the keys (n, d) in given rows as the index keeps them."""
