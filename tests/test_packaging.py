@@ -34,4 +34,4 @@ def test_requirements_cover_the_package_s_dependencies() -> None:
         name, lowest = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", dependency).groups()
         pinned = packages("requirements.txt")[name]
         assert [int(part) for part in pinned.split(".")[:2]] >= [int(part) for part in lowest.split(".")[:2]]
-    assert set(project["scripts"]) == {"mbpa-train", "mbpa-evaluate", "mbpa-memory"}
+    assert set(project["scripts"]) == {"mbpa-train", "mbpa-evaluate", "mbpa-memory", "mbpa-lm-eval"}

@@ -6,7 +6,7 @@ an interrupted write left; they are ignored, and cut off by the next writer.
 Dimensions: `N` entries, `d` hidden size, `c` likely words.
 """
 
-import mmap
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,10 +27,6 @@ from mbpa_lm.memory.datastore.manifest import Layout
 BLOCK = 1 << 16
 READ_AT_ONCE = 1 << 23
 """Bytes that are read at once where a whole file is."""
-PAGES_AT_ONCE = 1 << 16
-"""Bytes that may become resident when one row is read: the kernel maps neighbouring pages too."""
-COLUMNS = 6
-"""Most that an entry has."""
 KeysOfIndex = Callable[[np.ndarray], np.ndarray]
 STORED_AS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -93,8 +89,8 @@ class EntryFiles:
     ) -> None:
         """Map `count` rows; raises DatastoreError where a file is shorter.
 
-        Args: memory_limit: resident bytes of the process above which pages that were read are given back; 0: none; keys_from:
-        the first row whose key is in the file, those before being what `keys_of_index` gives for rows (n,): (n, d).
+        Args: memory_limit: resident bytes that the process is to stay under, so that files are read and not mapped; 0: none;
+        keys_from: the first row whose key is in the file, those before being what `keys_of_index` gives for rows (n,): (n, d).
         """
         self.columns = columns(layout)
         self.memory_limit = memory_limit
@@ -102,6 +98,7 @@ class EntryFiles:
         self._folder, self._count = folder, count
         self._keys_from, self._keys_of_index = keys_from, keys_of_index
         self._maps = self._mapped()
+        self._open: dict[str, io.FileIO] = {}
         self._checksums: dict[str, BlockChecksums] = {}  # of all acknowledged rows; made when something is first written
         self._appended: dict[str, BlockChecksums] = {}  # with the rows that are not acknowledged yet
 
@@ -133,52 +130,55 @@ class EntryFiles:
         found = np.zeros((len(rows), column.width), column.bits)
         if name not in self._maps:
             return column.decode(found)
-        step = self.rows_within_limit()
-        for begin in range(0, len(rows), step):
-            np.take(self._maps[name], rows[begin : begin + step], axis=0, out=found[begin : begin + step], mode="clip")
-            self.keep_to_limit()
+        if not self.memory_limit:
+            np.take(self._maps[name], rows, axis=0, out=found, mode="clip")
+            return column.decode(found)
+        descriptor = self._descriptor(name)
+        for row, place in zip(np.minimum(rows, self._in_file(name) - 1).tolist(), found, strict=True):
+            os.preadv(descriptor, [place], row * column.row_bytes)
         return column.decode(found)
+
+    def _descriptor(self, name: str) -> int:
+        """Return a descriptor of a column's file, as it was when it was first asked for."""
+        if name not in self._open:
+            self._open[name] = (self._folder / self.columns[name].file).open("rb", buffering=0)
+        return self._open[name].fileno()
+
+    def _bits_between(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Return a copy of consecutive rows (n, width) of a file; where there is a limit, no page of the map is touched."""
+        if not self.memory_limit:
+            return np.array(self._maps[name][begin:end])
+        column = self.columns[name]
+        found = np.zeros((end - begin, column.width), column.bits)
+        if len(found):
+            os.preadv(self._descriptor(name), [found], begin * column.row_bytes)  # type: ignore[list-item]
+        return found
 
     def between(self, name: str, begin: int, end: int) -> Tensor:
         """Return a copy of consecutive rows of a column: (end - begin, width)."""
         if name == "keys" and self._keys_from:
             return self.rows(name, np.arange(begin, end))
-        found = self.columns[name].decode(np.array(self._maps[name][begin:end]))
-        self.keep_to_limit()
-        return found
+        return self.columns[name].decode(self._bits_between(name, begin, end))
 
     def keys(self, begin: int, end: int) -> np.ndarray:
         """Return consecutive keys (end - begin, d) in single precision."""
         return np.asarray(self.between("keys", begin, end).float().numpy())
 
-    def keys_at(self, rows_Cn: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys (N, d) as they are stored, not to be written to, and where among them (C, n) those of the rows are.
+    def at(self, name: str, rows_Cn: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows (N, width) of a column, not to be written to, and where among them (C, n) the given ones are.
 
-        A row of -1 is anywhere.
+        A row of -1 is anywhere. That is the mapped column itself, or, where there is a limit, a copy of what is asked for.
         """
-        if not self._keys_from and self._count:
-            return self.columns["keys"].decode(self._maps["keys"]), rows_Cn.clamp(min=0)
-        keys = self.rows("keys", rows_Cn.clamp(min=0).flatten().numpy())
-        return keys, torch.arange(rows_Cn.numel()).view(rows_Cn.shape)
+        if self._count and not self.memory_limit and not (name == "keys" and self._keys_from):
+            return self.columns[name].decode(self._maps[name]), rows_Cn.clamp(min=0)
+        found = self.rows(name, rows_Cn.clamp(min=0).flatten().numpy())
+        return found, torch.arange(rows_Cn.numel()).view(rows_Cn.shape)
 
-    def all_rows(self, name: str) -> np.ndarray:
-        """Return a whole column (N, width) as it is mapped, not to be written to."""
-        column = self.columns[name]
-        return np.asarray(self._maps[name]) if self._count else np.zeros((1, column.width), column.bits)
-
-    def rows_within_limit(self) -> int:
-        """Return how many rows may be read before `keep_to_limit`."""
-        return max(1, self.memory_limit // 8 // COLUMNS // PAGES_AT_ONCE) if self.memory_limit else 1 << 62
-
-    def keep_to_limit(self) -> None:
-        """Give back freed memory, and the pages that reading has made resident, where there is too much of them.
-
-        The disk's cache keeps the pages.
-        """
-        if self.memory_limit and resident_bytes() > self.memory_limit * 3 // 4:
-            release_freed_memory()
-            for mapped in self._maps.values():
-                mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+    def queries_at_once(self, candidates: int) -> int:
+        """Return how many queries with so many candidates each may be measured at once."""
+        if not self.memory_limit:
+            return 1 << 62
+        return max(1, self.memory_limit // 64 // (candidates * self.columns["keys"].row_bytes))
 
     def append(self, entries: Entries, documents_N: Tensor, checksums: dict[str, list[str]]) -> dict[str, list[str]]:
         """Write rows behind the acknowledged ones, synced, and return the checksums of all blocks with them.
@@ -209,7 +209,8 @@ class EntryFiles:
         """Show the rows that were appended: a manifest counts them now."""
         self._checksums, self._appended, self._count = self._appended, {}, count
         self._maps = self._mapped()
-        self.keep_to_limit()
+        if self.memory_limit and resident_bytes() > self.memory_limit * 3 // 4:
+            release_freed_memory()
 
     def give_up_keys(self, keys_from: int) -> None:
         """Keep no key of the rows before; a manifest says so already. Raises OSError where the file cannot be replaced."""
@@ -223,6 +224,7 @@ class EntryFiles:
         if self._keys_from and not self._in_file("keys") and path.stat().st_size:
             with replacing(path) as empty:
                 empty.touch()
+            self._open.pop("keys", None)
 
     def _in_file(self, name: str) -> int:
         """Return how many rows of a column there are in its file."""
@@ -253,8 +255,7 @@ class EntryFiles:
     def _read(self, name: str, begin: int, end: int, checksums: BlockChecksums) -> None:
         step = max(1, READ_AT_ONCE // self.columns[name].row_bytes)
         for first in range(begin, end, step):
-            checksums.update(self._maps[name][first : min(first + step, end)].tobytes())
-            self.keep_to_limit()
+            checksums.update(self._bits_between(name, first, min(first + step, end)).tobytes())
 
     def _mapped(self) -> dict[str, np.memmap]:
         maps = {}

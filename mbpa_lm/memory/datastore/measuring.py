@@ -23,7 +23,7 @@ def nearest_entries(files: EntryFiles, candidates_Cn: Tensor, queries_Cd: Tensor
     """
     missing = max(0, count - candidates_Cn.shape[1])
     rows_Cn = torch.nn.functional.pad(candidates_Cn, (0, missing), value=-1) if missing else candidates_Cn
-    at_once = max(1, files.rows_within_limit() // rows_Cn.shape[1])
+    at_once = files.queries_at_once(rows_Cn.shape[1])
     if len(rows_Cn) <= at_once:
         return _nearest_of_some(files, rows_Cn, queries_Cd, count)
     pairs = zip(rows_Cn.split(at_once), queries_Cd.split(at_once), strict=True)
@@ -57,16 +57,16 @@ def read_entries(read: Callable[[str], Tensor], likely_words: int) -> Entries:
 
 
 def _nearest_of_some(files: EntryFiles, rows_Cn: Tensor, queries_Cd: Tensor, count: int) -> Neighbours:
-    all_keys_Nd, places_Cn = files.keys_at(rows_Cn)
+    all_keys_Nd, places_Cn = files.at("keys", rows_Cn)
+    (all_values_N1, held_Cn), (all_log_partitions_N1, _) = files.at("values", rows_Cn), files.at("log_partitions", rows_Cn)
     rows_CK, distances_CK = _places(rows_Cn, count)
     keys_CKd = all_keys_Nd.new_empty(*rows_CK.shape, files.layout.hidden_size)
     values_CK, log_partitions_CK = torch.empty_like(rows_CK), torch.empty_like(distances_CK)
     arrays = (queries_Cd.detach().cpu().float().contiguous().numpy(), places_Cn.numpy(), rows_Cn.numpy())
-    columns = (files.all_rows("values"), files.all_rows("log_partitions"))
+    columns = (held_Cn.numpy(), all_values_N1.numpy(), all_log_partitions_N1.numpy())
     filled = (rows_CK.numpy(), distances_CK.numpy(), _bits(keys_CKd), values_CK.numpy(), log_partitions_CK.numpy())
     fill_in_entries(_bits(all_keys_Nd), NUMBER_TYPES[all_keys_Nd.dtype], *arrays, *columns, *filled)
     entries = Entries(keys_CKd, values_CK, log_partitions_CK, *_likely_words(files, rows_CK, keys_CKd))
-    files.keep_to_limit()
     found = Neighbours(entries, distances_CK, rows_CK)
     return found if queries_Cd.device.type == "cpu" else found.on(queries_Cd.device)
 

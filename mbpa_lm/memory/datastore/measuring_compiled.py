@@ -38,6 +38,7 @@ def fill_in_entries(
     queries: np.ndarray,
     places: np.ndarray,
     candidates: np.ndarray,
+    held: np.ndarray,
     all_values: np.ndarray,
     all_log_partitions: np.ndarray,
     rows: np.ndarray,
@@ -46,7 +47,10 @@ def fill_in_entries(
     values: np.ndarray,
     log_partitions: np.ndarray,
 ) -> None:
-    """Fill `rows` and `distances` (C, K), and with what the nearest entries hold `keys` (C, K, d), as bits, and the others."""
+    """Fill `rows` and `distances` (C, K), and with what the nearest entries hold `keys` (C, K, d), as bits, and the others.
+
+    `held` (C, n) says where in `all_values` and `all_log_partitions` (N, 1) those of each candidate are.
+    """
     for query in prange(len(queries)):
         near, order = _measure(bits, number_type, queries[query], places[query], candidates[query])
         for place in range(rows.shape[1]):
@@ -55,8 +59,8 @@ def fill_in_entries(
             rows[query, place] = row
             if row >= 0:
                 keys[query, place] = bits[places[query, order[place]]]
-                values[query, place] = all_values[row, 0]
-                log_partitions[query, place] = all_log_partitions[row, 0]
+                values[query, place] = all_values[held[query, order[place]], 0]
+                log_partitions[query, place] = all_log_partitions[held[query, order[place]], 0]
             else:
                 keys[query, place] = 0
                 values[query, place] = 0
