@@ -164,14 +164,14 @@ class EntryFiles:
         """Return consecutive keys (end - begin, d) in single precision."""
         return np.asarray(self.between("keys", begin, end).float().numpy())
 
-    def at(self, name: str, rows_Cn: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows (N, width) of a column, not to be written to, and where among them (C, n) the given ones are.
+    def keys_at(self, rows_Cn: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys (N, d) as they are stored, not to be written to, and where among them (C, n) those of the rows are.
 
-        A row of -1 is anywhere. That is the mapped column itself, or, where there is a limit, a copy of what is asked for.
+        A row of -1 is anywhere. They are the mapped file itself, or, where there is a limit, a copy of what is asked for.
         """
-        if self._count and not self.memory_limit and not (name == "keys" and self._keys_from):
-            return self.columns[name].decode(self._maps[name]), rows_Cn.clamp(min=0)
-        found = self.rows(name, rows_Cn.clamp(min=0).flatten().numpy())
+        if self._count and not self.memory_limit and not self._keys_from:
+            return self.columns["keys"].decode(self._maps["keys"]), rows_Cn.clamp(min=0)
+        found = self.rows("keys", rows_Cn.clamp(min=0).flatten().numpy())
         return found, torch.arange(rows_Cn.numel()).view(rows_Cn.shape)
 
     def queries_at_once(self, candidates: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.datastore.entry_files import EntryFiles
-from mbpa_lm.memory.datastore.measuring_compiled import BFLOAT16, FLOAT16, FLOAT32, fill_in_entries, fill_in_measured
+from mbpa_lm.memory.datastore.measuring_compiled import BFLOAT16, FLOAT16, FLOAT32, fill_in_measured, fill_in_measured_keys
 
 NUMBER_TYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
@@ -57,31 +57,23 @@ def read_entries(read: Callable[[str], Tensor], likely_words: int) -> Entries:
 
 
 def _nearest_of_some(files: EntryFiles, rows_Cn: Tensor, queries_Cd: Tensor, count: int) -> Neighbours:
-    all_keys_Nd, places_Cn = files.at("keys", rows_Cn)
-    (all_values_N1, held_Cn), (all_log_partitions_N1, _) = files.at("values", rows_Cn), files.at("log_partitions", rows_Cn)
+    all_keys_Nd, places_Cn = files.keys_at(rows_Cn)
     rows_CK, distances_CK = _places(rows_Cn, count)
     keys_CKd = all_keys_Nd.new_empty(*rows_CK.shape, files.layout.hidden_size)
-    values_CK, log_partitions_CK = torch.empty_like(rows_CK), torch.empty_like(distances_CK)
-    arrays = (queries_Cd.detach().cpu().float().contiguous().numpy(), places_Cn.numpy(), rows_Cn.numpy())
-    columns = (held_Cn.numpy(), all_values_N1.numpy(), all_log_partitions_N1.numpy())
-    filled = (rows_CK.numpy(), distances_CK.numpy(), _bits(keys_CKd), values_CK.numpy(), log_partitions_CK.numpy())
-    fill_in_entries(_bits(all_keys_Nd), NUMBER_TYPES[all_keys_Nd.dtype], *arrays, *columns, *filled)
-    entries = Entries(keys_CKd, values_CK, log_partitions_CK, *_likely_words(files, rows_CK, keys_CKd))
-    found = Neighbours(entries, distances_CK, rows_CK)
+    arrays = (queries_Cd.detach().cpu().float().contiguous(), places_Cn, rows_Cn, rows_CK, distances_CK)
+    numbers = (_bits(all_keys_Nd), NUMBER_TYPES[all_keys_Nd.dtype])
+    fill_in_measured_keys(*numbers, *(array.numpy() for array in arrays), _bits(keys_CKd))
+    filled, empty_CK1 = rows_CK.clamp(min=0).flatten().numpy(), (rows_CK < 0)[..., None]
+    any_empty = bool(empty_CK1.any())
+
+    def read(name: str) -> Tensor:
+        if name == "keys":
+            return keys_CKd
+        found = files.rows(name, filled).view(*rows_CK.shape, -1)
+        return found.masked_fill_(empty_CK1, 0) if any_empty else found
+
+    found = Neighbours(read_entries(read, files.layout.likely_words), distances_CK, rows_CK)
     return found if queries_Cd.device.type == "cpu" else found.on(queries_Cd.device)
-
-
-def _likely_words(files: EntryFiles, rows_CK: Tensor, keys_CKd: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the likely words (C, K, c) of entries and their probabilities (C, K, c), zeros where a row is -1."""
-    if not files.layout.likely_words:
-        nothing = keys_CKd.new_empty(*rows_CK.shape, 0)
-        return nothing.int(), nothing
-    rows, empty_CK1 = rows_CK.clamp(min=0).flatten().numpy(), (rows_CK < 0)[..., None]
-    words, probabilities = (
-        files.rows(name, rows).view(*rows_CK.shape, -1).masked_fill_(empty_CK1, 0)
-        for name in ("likely_words", "likely_probabilities")
-    )
-    return words, probabilities
 
 
 def _places(rows_Cn: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -32,39 +32,26 @@ def fill_in_measured(
 
 
 @compiled_loop
-def fill_in_entries(
+def fill_in_measured_keys(
     bits: np.ndarray,
     number_type: int,
     queries: np.ndarray,
     places: np.ndarray,
     candidates: np.ndarray,
-    held: np.ndarray,
-    all_values: np.ndarray,
-    all_log_partitions: np.ndarray,
     rows: np.ndarray,
     distances: np.ndarray,
     keys: np.ndarray,
-    values: np.ndarray,
-    log_partitions: np.ndarray,
 ) -> None:
-    """Fill `rows` and `distances` (C, K), and with what the nearest entries hold `keys` (C, K, d), as bits, and the others.
-
-    `held` (C, n) says where in `all_values` and `all_log_partitions` (N, 1) those of each candidate are.
-    """
+    """Do what `fill_in_measured` does, and fill `keys` (C, K, d) with the bits of the nearest, 0 for none."""
     for query in prange(len(queries)):
         near, order = _measure(bits, number_type, queries[query], places[query], candidates[query])
         for place in range(rows.shape[1]):
-            row = candidates[query, order[place]]
+            rows[query, place] = candidates[query, order[place]]
             distances[query, place] = near[place]
-            rows[query, place] = row
-            if row >= 0:
+            if rows[query, place] >= 0:
                 keys[query, place] = bits[places[query, order[place]]]
-                values[query, place] = all_values[held[query, order[place]], 0]
-                log_partitions[query, place] = all_log_partitions[held[query, order[place]], 0]
             else:
                 keys[query, place] = 0
-                values[query, place] = 0
-                log_partitions[query, place] = 0
 
 
 @compiled_part
