@@ -5,6 +5,7 @@ with mbpa_lm.adapt(model, memory):
     model.generate(...)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,16 +19,7 @@ __all__ = ["Memory", "adapt", "perplexity"]
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for, so that `--help` need not wait for PyTorch and FAISS."""
-    if name == "Memory":
-        from mbpa_lm.integrations.memory import Memory
-
-        return Memory
-    if name == "adapt":
-        from mbpa_lm.integrations.adapting import adapt
-
-        return adapt
-    if name == "perplexity":
-        from mbpa_lm.integrations.perplexity import perplexity
-
-        return perplexity
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    modules = {"Memory": "memory", "adapt": "adapting", "perplexity": "perplexity"}
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"mbpa_lm.integrations.{modules[name]}"), name)

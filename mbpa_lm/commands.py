@@ -54,14 +54,19 @@ def _evaluate(arguments: Sequence[str]) -> None:
     if options["experts"]:
         evaluation = replace(config.evaluation, experts=[name.strip() for name in options["experts"].split(",")])
         config = replace(config, evaluation=evaluation)
-    if config.model.pretrained and options["checkpoint"]:
-        raise ConfigError("--checkpoint and --model.pretrained name two models; give one of them")
+    check_one_model(config, options)
     if not config.model.pretrained and not options["checkpoint"]:
         raise ConfigError("--checkpoint is missing; name the run folder that train.py wrote, for example runs/demo")
     prepare_machine(config, keep_memory=not config.memory.resident_gib)
     from mbpa_lm.evaluation import evaluate
 
     evaluate(config, Path(options["checkpoint"]) if options["checkpoint"] else None, options["tune"])
+
+
+def check_one_model(config: Config, options: dict[str, Any]) -> None:
+    """Raise ConfigError where a checkpoint and a pretrained model are both named."""
+    if config.model.pretrained and options["checkpoint"]:
+        raise ConfigError("--checkpoint and --model.pretrained name two models; give one of them")
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dict[str, Any]]:

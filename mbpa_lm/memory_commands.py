@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import NonNegativeFloat
 
-from mbpa_lm.commands import guarded, make_parser, parse, prepare_machine
+from mbpa_lm.commands import check_one_model, guarded, make_parser, parse, prepare_machine
 from mbpa_lm.errors import ConfigError, did_you_mean, reason
 
 USAGE = """usage: mbpa-memory COMMAND ...
@@ -60,8 +60,7 @@ def _remember(command: str, description: str, arguments: Sequence[str]) -> None:
     training = " (required)." if command == "add" else "; the training text where it is left out."
     parser.add_argument("--text", type=str, help=f"Text file, or folder of files{training}")
     config, options = parse(parser, arguments)
-    if config.model.pretrained and options["checkpoint"]:
-        raise ConfigError("--checkpoint and --model.pretrained name two models; give one of them")
+    check_one_model(config, options)
     checkpoint = [] if config.model.pretrained else ["checkpoint"]
     for name in (*checkpoint, "output", *(["text"] if command == "add" else [])):
         if not options[name]:

@@ -153,12 +153,14 @@ class Adapter:
         keys_BTd = self._memory.language_model.head.keys(hidden_states_BTd).to(logits_BkV.device)
         adapted_BkV = logits_BkV.detach().clone() if logits_BkV.requires_grad else logits_BkV
         for row in range(rows):
-            valid_T = torch.ones(columns, dtype=torch.bool) if call.mask_BT is None else call.mask_BT[row].cpu()
-            valid_n = valid_T.nonzero()[:, 0].to(logits_BkV.device)
+            valid_T = torch.ones_like(keys_BTd[row, :, 0], dtype=torch.bool)
+            if call.mask_BT is not None:
+                valid_T = call.mask_BT[row].to(valid_T)
+            valid_n = valid_T.nonzero()[:, 0]
             tokens_n = valid_n.new_zeros(len(valid_n)) if call.tokens_BT is None else call.tokens_BT[row].to(valid_n)[valid_n]
             stored_n = self._stored(row, call.first_column + valid_n, tokens_n)
-            wanted = [place for place in order_k.tolist() if bool(valid_T[places_k[place]])]
-            is_all = wanted == list(range(logits_BkV.shape[1]))
+            wanted = order_k[valid_T[places_k[order_k]]]
+            is_all = torch.equal(wanted, torch.arange(logits_BkV.shape[1], device=wanted.device))
             logits_kV = adapted_BkV[row] if is_all else adapted_BkV[row, wanted]
             self._rows[row].read(
                 Piece(tokens_n, keys_BTd[row, valid_n], stored_n, logits_kV, torch.searchsorted(valid_n, places_k[wanted]))
@@ -177,9 +179,7 @@ class Adapter:
             stored_n &= columns_n + 1 < generation.prompt_columns
         if self._memory.rows == "shared" and row % generation.copies:
             stored_n[:] = False  # the same prompt is in another row
-        generated_n = columns_n >= generation.prompt_columns
-        for place in range(len(tokens_n)):
-            if generated_n[place]:
-                self._ended[row] |= int(tokens_n[place]) in generation.ends
-                stored_n[place] &= not self._ended[row]
+        for place in (columns_n >= generation.prompt_columns).nonzero()[:, 0].tolist():
+            self._ended[row] |= int(tokens_n[place]) in generation.ends
+            stored_n[place] &= not self._ended[row]
         return stored_n

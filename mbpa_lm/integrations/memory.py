@@ -33,14 +33,16 @@ from mbpa_lm.memory.datastore.manifest import Identity, Layout
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.fingerprint import model_fingerprint
+from mbpa_lm.models.head import positions_of
+from mbpa_lm.models.pretrained import LONGEST_CONTEXT
 from mbpa_lm.models.transformer import TransformerLanguageModel
 from mbpa_lm.remember import Text
 from mbpa_lm.scales import ALPHA, TOKENS, measure_norm
 
 Rows = Literal["shared", "own"]
 SETTINGS = "settings.json"
-LONGEST_CONTEXT, TOKENS_WITHOUT_TEXT = 1024, 256
-"""Tokens of a document that are read before the context begins anew, where the model has no shorter one."""
+TOKENS_WITHOUT_TEXT = 256
+"""Tokens on which the size of hidden states is measured where there is no document yet."""
 OF_MEMORY = ("size", "neighbours", "likely_words", "key_type", "index", "resident_gib", "gpus")
 OF_ADAPTATION = tuple(field.name for field in fields(AdaptationConfig) if field.name != "weight")
 SETTING_NAMES = (*OF_MEMORY, *OF_ADAPTATION)
@@ -64,8 +66,7 @@ class Memory:
         self.tokenizer = tokenizer
         self._settings = settings
         memory, adaptation = _configured(settings)
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
-        context = min(longest, LONGEST_CONTEXT)
+        context = min(positions_of(model) or LONGEST_CONTEXT, LONGEST_CONTEXT)
         self.language_model = TransformerLanguageModel(model, context, context // 2).eval()
         self.identity = Identity(model_fingerprint(model), _fingerprint_of(tokenizer))
         self._norm: float | None = None

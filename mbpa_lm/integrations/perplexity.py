@@ -20,6 +20,7 @@ from mbpa_lm.errors import ConfigError
 from mbpa_lm.integrations.adapting import adapt
 from mbpa_lm.integrations.generation import Write
 from mbpa_lm.integrations.memory import Memory
+from mbpa_lm.models.head import positions_of
 
 LONGEST_WINDOW = 2048
 """Tokens of a window where the model has any number of positions, as in lm-evaluation-harness."""
@@ -80,7 +81,7 @@ def perplexity(
     the tokenizer's own first token, and all are scored; memory, which is adapted to, and remembers what `write` says; what is
     read again as context is remembered once. Raises ConfigError for an impossible window.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_WINDOW
+    longest = positions_of(model) or LONGEST_WINDOW
     size = longest if window is None else window
     if not 2 <= size <= longest or (stride is not None and not 1 <= stride <= size):
         raise ConfigError(

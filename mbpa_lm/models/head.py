@@ -40,6 +40,12 @@ class Head:
         return hidden_states if self.scale == 1 else hidden_states * self.scale
 
 
+def positions_of(model: Any) -> int | None:
+    """Return how many positions a model has, None where it has any number or does not say."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
 def find_head(model: Any) -> Head:
     """Return the parts of a causal language model; raises ModelError, naming it, where they are not to be adapted."""
     name = type(model).__name__

@@ -7,10 +7,11 @@ import torch
 from mbpa_lm.config import ModelConfig
 from mbpa_lm.data.tokenizers import HuggingFaceTokenizer
 from mbpa_lm.errors import ConfigError, ModelError, reason
+from mbpa_lm.models.head import positions_of
 from mbpa_lm.models.transformer import TransformerLanguageModel
 
 LONGEST_CONTEXT = 1024
-"""Tokens of a block where the model says nothing of how many positions it has."""
+"""Tokens of a block, or of a document that is read at once, where the model does not say how many positions it has."""
 
 
 def load_pretrained(config: ModelConfig, device: torch.device) -> tuple[TransformerLanguageModel, HuggingFaceTokenizer]:
@@ -29,8 +30,7 @@ def load_pretrained(config: ModelConfig, device: torch.device) -> tuple[Transfor
             name, dtype=config.dtype or "auto", trust_remote_code=False, use_safetensors=True, **placed
         )
         model = (model if placed else model.to(device)).eval()
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        context = min(config.context_length, longest or LONGEST_CONTEXT)
+        context = min(config.context_length, positions_of(model) or LONGEST_CONTEXT)
         language_model = TransformerLanguageModel(model, context, min(config.context_overlap, context // 2)).eval()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, ModelError) as error:
         raise ConfigError(f"model.pretrained {name!r} could not be loaded: {reason(error)}") from None

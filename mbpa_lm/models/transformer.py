@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mbpa_lm.config import ModelConfig
 from mbpa_lm.errors import ConfigError, ModelError, did_you_mean, reason
 from mbpa_lm.models.base import ModelOutput, OutputLayer
-from mbpa_lm.models.head import find_head
+from mbpa_lm.models.head import find_head, positions_of
 
 
 class BlockState(NamedTuple):
@@ -64,7 +64,7 @@ class TransformerLanguageModel(nn.Module):
             causal_lm = AutoModelForCausalLM.from_config(settings)
         except Exception as error:  # each architecture has its own ways to reject a value
             raise ConfigError(f"model.architecture {config.architecture!r} with model.settings: {reason(error)}") from None
-        longest = getattr(causal_lm.config, "max_position_embeddings", None)
+        longest = positions_of(causal_lm)
         if longest is not None and longest < config.context_length:
             raise ConfigError(
                 f"model.context_length is {config.context_length}, but model.settings give {config.architecture} "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.datastore.entry_files import EntryFiles
-from mbpa_lm.memory.datastore.measuring_compiled import BFLOAT16, FLOAT16, FLOAT32, fill_in_measured, fill_in_measured_keys
+from mbpa_lm.memory.datastore.measuring_compiled import BFLOAT16, FLOAT16, FLOAT32, fill_in_measured
 
 NUMBER_TYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
@@ -32,15 +32,18 @@ def nearest_entries(files: EntryFiles, candidates_Cn: Tensor, queries_Cd: Tensor
 
 def nearest_candidates(
     keys_Nd: Tensor, places_Cn: Tensor, rows_Cn: Tensor, queries_Cd: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """Return rows (C, K) and distances (C, K) of the nearest K candidates; on a CPU.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows (C, K), distances (C, K) and keys (C, K, d) of the nearest K candidates; on a CPU.
 
     Args: keys, finite, and where each candidate's is among them; the rows that say which of equals is the newer, -1 for none.
     """
-    rows_CK, distances_CK = _places(rows_Cn, count)
+    rows_CK = torch.empty(len(rows_Cn), count, dtype=torch.int64)
+    distances_CK = torch.empty(rows_CK.shape)
+    keys_CKd = keys_Nd.new_empty(*rows_CK.shape, keys_Nd.shape[1])
     arrays = (queries_Cd.float().contiguous(), places_Cn, rows_Cn, rows_CK, distances_CK)
-    fill_in_measured(_bits(keys_Nd), NUMBER_TYPES[keys_Nd.dtype], *(array.numpy() for array in arrays))
-    return rows_CK, distances_CK
+    numbers = (_bits(keys_Nd), NUMBER_TYPES[keys_Nd.dtype])
+    fill_in_measured(*numbers, *(array.numpy() for array in arrays), _bits(keys_CKd))
+    return rows_CK, distances_CK, keys_CKd
 
 
 def read_entries(read: Callable[[str], Tensor], likely_words: int) -> Entries:
@@ -57,12 +60,8 @@ def read_entries(read: Callable[[str], Tensor], likely_words: int) -> Entries:
 
 
 def _nearest_of_some(files: EntryFiles, rows_Cn: Tensor, queries_Cd: Tensor, count: int) -> Neighbours:
-    all_keys_Nd, places_Cn = files.keys_at(rows_Cn)
-    rows_CK, distances_CK = _places(rows_Cn, count)
-    keys_CKd = all_keys_Nd.new_empty(*rows_CK.shape, files.layout.hidden_size)
-    arrays = (queries_Cd.detach().cpu().float().contiguous(), places_Cn, rows_Cn, rows_CK, distances_CK)
-    numbers = (_bits(all_keys_Nd), NUMBER_TYPES[all_keys_Nd.dtype])
-    fill_in_measured_keys(*numbers, *(array.numpy() for array in arrays), _bits(keys_CKd))
+    queries = queries_Cd.detach().cpu()
+    rows_CK, distances_CK, keys_CKd = nearest_candidates(*files.keys_at(rows_Cn), rows_Cn, queries, count)
     filled, empty_CK1 = rows_CK.clamp(min=0).flatten().numpy(), (rows_CK < 0)[..., None]
     any_empty = bool(empty_CK1.any())
 
@@ -74,10 +73,6 @@ def _nearest_of_some(files: EntryFiles, rows_Cn: Tensor, queries_Cd: Tensor, cou
 
     found = Neighbours(read_entries(read, files.layout.likely_words), distances_CK, rows_CK)
     return found if queries_Cd.device.type == "cpu" else found.on(queries_Cd.device)
-
-
-def _places(rows_Cn: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    return torch.empty(len(rows_Cn), count, dtype=torch.int64), torch.empty(len(rows_Cn), count)
 
 
 def _bits(numbers: Tensor) -> np.ndarray:

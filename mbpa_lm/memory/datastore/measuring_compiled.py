@@ -22,27 +22,9 @@ def fill_in_measured(
     candidates: np.ndarray,
     rows: np.ndarray,
     distances: np.ndarray,
-) -> None:
-    """Fill `rows` and `distances` (C, K) with the nearest of the candidates."""
-    for query in prange(len(queries)):
-        near, order = _measure(bits, number_type, queries[query], places[query], candidates[query])
-        for place in range(rows.shape[1]):
-            distances[query, place] = near[place]
-            rows[query, place] = candidates[query, order[place]]
-
-
-@compiled_loop
-def fill_in_measured_keys(
-    bits: np.ndarray,
-    number_type: int,
-    queries: np.ndarray,
-    places: np.ndarray,
-    candidates: np.ndarray,
-    rows: np.ndarray,
-    distances: np.ndarray,
     keys: np.ndarray,
 ) -> None:
-    """Do what `fill_in_measured` does, and fill `keys` (C, K, d) with the bits of the nearest, 0 for none."""
+    """Fill `rows` and `distances` (C, K) with the nearest of the candidates, `keys` (C, K, d) with their bits, 0 for none."""
     for query in prange(len(queries)):
         near, order = _measure(bits, number_type, queries[query], places[query], candidates[query])
         for place in range(rows.shape[1]):

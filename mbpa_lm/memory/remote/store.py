@@ -118,7 +118,7 @@ class RemoteStore:
             candidates = self._collection.search(queries, limit, before)
             rows_Cn = pad(candidates.rows_Cn, (0, max(0, count - candidates.rows_Cn.shape[1])), value=-1)
             places_Cn, wanted = rows_Cn.clamp(min=0), rows_Cn.shape[1]
-            rows_Cn, distances_Cn = nearest_candidates(candidates.entries.keys, places_Cn, rows_Cn, queries, wanted)
+            rows_Cn, distances_Cn, _ = nearest_candidates(candidates.entries.keys, places_Cn, rows_Cn, queries, wanted)
             found = neighbours(candidates.entries, candidates.positions_N, rows_Cn[:, :count], distances_Cn[:, :count])
             if limit < most:
                 farthest_C, last_C = distances_Cn[:, limit - 1], distances_Cn[:, count - 1]
