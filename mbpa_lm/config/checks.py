@@ -34,4 +34,4 @@ def require_not_negative(section: str, config: Any, *names: str) -> None:
 def require_probability(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(f"{section}.{name}", value, 0 <= value < 1, "at least 0 and less than 1")
+        require(f"{section}.{name}", value, value is None or 0 <= value < 1, "at least 0 and less than 1")

@@ -96,6 +96,8 @@ class ModelConfig:
     """lstm: the output layer's weight is the embedding's."""
     dropout: float = 0.4
     """lstm: probability of dropping a unit of a layer's output, one mask a sequence (variational dropout)."""
+    hidden_dropout: float | None = None
+    """lstm: the same for what one layer hands to the next, where it is not to be model.dropout."""
     embedding_dropout: float = 0.1
     """lstm: probability of dropping a word's whole vector."""
     input_dropout: float = 0.4
@@ -126,7 +128,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require_positive("model", self, "hidden_size", "layers", "context_length")
         require_not_negative("model", self, "embedding_size", "activation_penalty", "change_penalty", "context_overlap")
-        require_probability("model", self, "dropout", "embedding_dropout", "input_dropout", "weight_dropout")
+        require_probability("model", self, "dropout", "hidden_dropout", "embedding_dropout", "input_dropout", "weight_dropout")
         require(
             "model.context_overlap",
             self.context_overlap,

@@ -48,9 +48,10 @@ class LSTMLanguageModel(nn.Module):
         config = self.config
         hidden = self._embed(tokens.T)  # (T, B, embedding)
         new_state: list[Tensor] = []
+        hidden_dropout = config.dropout if config.hidden_dropout is None else config.hidden_dropout
         raw = hidden
         for index, layer in enumerate(self.layers):
-            hidden = self._drop_units(hidden, config.input_dropout if index == 0 else config.dropout)
+            hidden = self._drop_units(hidden, config.input_dropout if index == 0 else hidden_dropout)
             before = None if state is None else (state[2 * index].detach(), state[2 * index + 1].detach())
             raw, (h, c) = self._run_layer(layer, hidden, before)
             new_state += [h, c]
