@@ -6,6 +6,9 @@ from mbpa_lm.errors import ConfigError
 from mbpa_lm.machine import bfloat16_is_faster
 from mbpa_lm.models.build import Model
 
+LOSS_SCALE = 1024.0
+"""What a loss is multiplied by where its gradient may pass through float16; a power of two, so that nothing is rounded."""
+
 
 def choose_precision(wanted: str, model: Model, device: torch.device) -> str:
     """Return float32 or bfloat16; raises ConfigError where bfloat16 is wanted and the processor cannot run the model in it."""
@@ -25,3 +28,11 @@ def _runs_in_bfloat16(model: Model, device: torch.device) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def loss_scale(precision: str, device: torch.device) -> float:
+    """Return what to multiply the loss by before its gradient is taken.
+
+    On CUDA, autocast runs cuDNN's LSTM in float16 even where bfloat16 is asked for, which makes small gradients zero.
+    """
+    return LOSS_SCALE if precision == "bfloat16" and device.type == "cuda" else 1.0

@@ -46,7 +46,7 @@ from mbpa_lm.optimization import (
     start_averaging,
     unpack_optimizer,
 )
-from mbpa_lm.precision import choose_precision
+from mbpa_lm.precision import choose_precision, loss_scale
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.resume import checkpoint_to_resume
 from mbpa_lm.sampled_softmax import inclusion_probabilities, sampled_cross_entropy
@@ -202,7 +202,10 @@ class _Run:
             losses = self._losses(output.hidden_states.flatten(0, 1), torch.from_numpy(targets).to(self.device).flatten())
         loss = losses.float().mean()
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + output.penalty).backward()
+        scale = loss_scale(self.position.precision, self.device)
+        ((loss + output.penalty) * scale).backward()
+        if scale != 1:
+            torch._foreach_div_([weight.grad for weight in self.model.parameters() if weight.grad is not None], scale)
         if training.gradient_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_norm)
         self.optimizer.step()

@@ -6,6 +6,9 @@ Dimensions: `C` queries, `K` neighbours, `N` keys, `n` candidates, `d` hidden si
 """
 
 import functools
+import subprocess
+import sys
+import warnings
 from typing import Any
 
 import faiss
@@ -13,6 +16,13 @@ import torch
 from torch import Tensor
 
 from mbpa_lm.memory.nearest_plain import ROUNDING, SPARE_CANDIDATES, Search, choose, measure_all
+
+ONE_SEARCH = """
+import faiss, numpy
+resources, keys = faiss.StandardGpuResources(), numpy.zeros((8, 4), dtype=numpy.float32)
+resources.noTempMemory()
+faiss.knn_gpu(resources, keys, keys, 1)
+"""
 
 
 def nearest_faiss(search: Search, count: int) -> tuple[Tensor, Tensor]:
@@ -45,18 +55,32 @@ def knn_on_cpu(queries_Cd: Tensor, keys_Nd: Tensor, count: int) -> tuple[Tensor,
 
 def knn_on_gpu(queries_Cd: Tensor, keys_Nd: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Search with `faiss.knn_gpu`, on the tensors' own device and stream."""
+    import faiss.contrib.torch_utils  # it makes knn_gpu take tensors
+
     with torch.cuda.device(queries_Cd.device):
         found: tuple[Tensor, Tensor] = faiss.knn_gpu(_resources(queries_Cd.device.index), queries_Cd, keys_Nd, count)
     return found
 
 
+@functools.cache
 def has_gpu_build() -> bool:
-    """Say whether FAISS was built for GPUs and sees one."""
-    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+    """Say whether FAISS was built for GPUs, sees one, and has machine code for it.
+
+    A build without code for a GPU raises nothing there: it ends the process. So another process tries it first.
+    """
+    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        return False
+    tried = subprocess.run([sys.executable, "-c", ONE_SEARCH], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        last = tried.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        warnings.warn(
+            f"this FAISS cannot run on this machine's GPU ({last[0]}), and PyTorch searches instead; install another build, as "
+            f"with pip install -r requirements-gpu.txt",
+            stacklevel=2,
+        )
+    return tried.returncode == 0
 
 
 @functools.cache
 def _resources(device: int) -> Any:
-    import faiss.contrib.torch_utils
-
     return faiss.StandardGpuResources()

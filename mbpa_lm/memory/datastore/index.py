@@ -24,6 +24,7 @@ import numpy as np
 from mbpa_lm.durable import replacing
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.datastore.manifest import IndexKind, IndexRecord, Layout
+from mbpa_lm.memory.nearest_faiss import has_gpu_build
 from mbpa_lm.memory.nearest_plain import SPARE_CANDIDATES
 
 EXACT_UP_TO = 20_000
@@ -159,13 +160,22 @@ def check_gpus(kind: IndexKind, gpus: Gpus) -> None:
 
 
 def to_gpus(index: Any, gpus: Gpus) -> Any:
-    """Return the index on all GPUs: a copy on each, or a part on each; where it is where there is no GPU build."""
-    if gpus == "none" or not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+    """Return the index on all GPUs: a copy on each, or a part on each; where it is where there is no GPU build.
+
+    Raises DatastoreError where FAISS has no such index for GPUs (codes of 50 bytes, for example).
+    """
+    if gpus == "none" or not has_gpu_build():
         return index
     options = faiss.GpuMultipleClonerOptions()
     options.shard = gpus == "shard"
     options.useFloat16 = True
-    return faiss.index_cpu_to_all_gpus(index, co=options)
+    try:
+        return faiss.index_cpu_to_all_gpus(index, co=options)
+    except RuntimeError as error:
+        raise DatastoreError(
+            f"FAISS cannot put this index on GPUs ({reason(error)}); leave memory.gpus out, or make another index with "
+            f"mbpa-memory index --kind ivf_flat"
+        ) from None
 
 
 def _centroids(keys_Nd: np.ndarray, cells: int, on_progress: Callable[[int], None]) -> np.ndarray:
@@ -182,7 +192,7 @@ def _code_parts(d: int) -> int:
 
 
 def _cagra(keys_Nd: np.ndarray) -> Any:
-    if not hasattr(faiss, "GpuIndexCagra") or not faiss.get_num_gpus():
+    if not hasattr(faiss, "GpuIndexCagra") or not has_gpu_build():
         raise DatastoreError("index cagra needs a GPU and a FAISS that is built with cuVS; take hnsw or ivf_flat")
     on_gpu = faiss.GpuIndexCagra(faiss.StandardGpuResources(), keys_Nd.shape[1], faiss.METRIC_L2)
     on_gpu.train(keys_Nd)
