@@ -167,7 +167,7 @@ def to_gpus(index: Any, gpus: Gpus) -> Any:
     if gpus == "none" or not has_gpu_build():
         return index
     options = faiss.GpuMultipleClonerOptions()
-    options.shard = gpus == "shard"
+    options.shard = gpus == "shard" and faiss.get_num_gpus() > 1  # FAISS does not come back from one part of an ivf_pq
     options.useFloat16 = True
     try:
         return faiss.index_cpu_to_all_gpus(index, co=options)
