@@ -59,11 +59,10 @@ def make_problem(V: int, d: int, K: int) -> Problem:
     problem = Problem(weight, bias, keys, no_values, weights, queries.to(DEVICE))
     bases = [part.with_base(LIKELY).base for part in problem.split(4)]
     names = ("log_probabilities_BV", "log_partitions_BK", "likely_words_BKc", "likely_probabilities_BKc")
-    stacked = [torch.cat([getattr(base, name) for base in bases]) for name in names]
-    columns = torch.multinomial(stacked[3].flatten(0, 1), 1)
-    values = stacked[2].flatten(0, 1).gather(1, columns).view(QUERIES, K)
-    stacked[2] = stacked[2].int()
-    return Problem(weight, bias, keys, values, weights, problem.queries_Bd, BaseSoftmax(*stacked))
+    base, partitions, words, likely = (torch.cat([getattr(base, name) for base in bases]) for name in names)
+    columns = torch.multinomial(likely.flatten(0, 1), 1)
+    values = words.flatten(0, 1).gather(1, columns).view(QUERIES, K)
+    return Problem(weight, bias, keys, values, weights, problem.queries_Bd, BaseSoftmax(base, partitions, words.int(), likely))
 
 
 def adapt_copies(problem: Problem, rule: AdaptationRule, targets: torch.Tensor) -> list[float]:

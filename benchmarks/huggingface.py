@@ -174,9 +174,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
     arguments = parser.parse_args()
-    sizes, vocabularies, entries = arguments.models, (50_257, 128_000), arguments.entries
+    sizes, vocabularies, entries = arguments.models, [50_257, 128_000], arguments.entries
     if arguments.quick:
-        sizes, vocabularies, entries = ["10M"], (50_257,), 10_000
+        sizes, vocabularies, entries = ["10M"], [50_257], 10_000
     context, rows = multiprocessing.get_context("spawn"), []
     table = Table(
         "model", "vocabulary", "what", "plain", "reading", "writing", "kNN-LM", "reading costs", "writing costs", "peak GB"

@@ -128,8 +128,9 @@ def measure_search(store: Datastore, queries: torch.Tensor, all_keys: Callable[[
     wanted = K + 8 if record is None else candidates(record.kind, K)
 
     def bare(of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found: tuple[np.ndarray, np.ndarray]
         found = faiss.knn(of, everything, wanted) if store._index is None else store._index.searched.search(of, wanted)
-        return found  # type: ignore[no-any-return]
+        return found
 
     half, values = everything.astype(np.float16), np.arange(len(store))
     log_partitions = np.zeros(len(store), np.float32)

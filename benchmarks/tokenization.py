@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def main() -> None:
                 if method is whole_file and size > LARGEST_WHOLE_FILE:
                     continue
                 with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
-                    row = {"method": name, **process.submit(measure, method, Path(folder)).result()}
+                    row: dict[str, Any] = {"method": name, **process.submit(measure, method, Path(folder)).result()}
                 rows.append(row)
                 rate, memory = row["tokens"] / row["seconds"], row["bytes"] / 1e6
                 table.add_row(name, f"{row['tokens']:,}", f"{row['seconds']:.1f}", f"{rate:,.0f}", f"{memory:,.0f}")

@@ -102,17 +102,17 @@ def _spread(numbers: Sequence[float]) -> str:
 
 def _published(runs: Sequence[Run]) -> str:
     rows = [[model, f"{ptb}", f"{wikitext}", source] for model, ptb, wikitext, source in PUBLISHED]
-    ours: dict[str, dict[str, Run]] = defaultdict(dict)
-    for run in runs:
+    ours: dict[tuple[str, str], dict[str, Run]] = defaultdict(dict)
+    for run in sorted(runs, key=lambda run: len(run.folder.name)):  # of runs that differ by their seed, the plainest name
         if run.split == "test" and run.is_lstm and not run.metrics["config"]["evaluation"]["max_tokens"]:
-            ours[run.settings].setdefault(run.metrics["config"]["data"]["corpus"], run)
+            ours[run.model, run.settings].setdefault(run.metrics["config"]["data"]["corpus"], run)
     seen: list[list[str]] = []
-    for settings, by_corpus in ours.items():
+    for (model, settings), by_corpus in ours.items():
         for expert, what in (
-            ("base", "our LSTM"),
-            ("cache-500", "with a continuous cache"),
-            ("dynamic", "with dynamic evaluation"),
-            (GATE, "with the gate over all"),
+            ("base", f"our {model}"),
+            ("cache-500", f"our {model} with a continuous cache"),
+            ("dynamic", f"our {model} with dynamic evaluation"),
+            (GATE, f"our {model} with the gate over all"),
         ):
             cells = []
             for corpus in ("ptb", "wikitext-2"):
