@@ -18,9 +18,10 @@ Options = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def runs(options: Options, trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an evaluation, and the same as if it were of another seed."""
+    """A folder with an evaluation, the same on another machine, and the same as if it were of another seed."""
     folder = tmp_path_factory.mktemp("results")
     assert commands.evaluate(options(folder / "one", "--checkpoint", str(trained_run))) == 0
+    shutil.copytree(folder / "one", folder / "one_elsewhere")
     shutil.copytree(folder / "one", folder / "two")
     metrics = json.loads((folder / "two" / "metrics.json").read_text())
     metrics["checkpoint"]["trained"]["seed"] = 2

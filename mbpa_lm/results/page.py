@@ -78,12 +78,12 @@ def _overview(runs: Sequence[Run]) -> str:
 
 
 def _seeds(runs: Sequence[Run]) -> list[str]:
-    groups: dict[str, list[Run]] = defaultdict(list)
+    groups: dict[str, dict[int, Run]] = defaultdict(dict)
     for run in runs:
-        groups[run.is_like()].append(run)
+        groups[run.is_like()].setdefault(run.seed, run)  # one model may have been evaluated on two machines
     rows = []
-    for group in groups.values():
-        seeds = sorted({run.seed for run in group})
+    for by_seed in groups.values():
+        seeds, group = sorted(by_seed), list(by_seed.values())
         if len(seeds) > 1:
             base, gate = ([run.experts[name]["perplexity"] for run in group] for name in ("base", GATE))
             gains = [100 * (1 - of_gate / of_base) for of_base, of_gate in zip(base, gate, strict=True)]
