@@ -29,7 +29,15 @@ from mbpa_lm.mixed_scores import UNIFORM, MixedScores, mixed_scores
 from mbpa_lm.pretrained import pretrained_checkpoint
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.report import print_tables, print_tuned, write_results
-from mbpa_lm.resources import fill_in_scales, make_experts, make_history, make_memory, make_slow_weights, own_corpus
+from mbpa_lm.resources import (
+    chunk_length,
+    fill_in_scales,
+    make_experts,
+    make_history,
+    make_memory,
+    make_slow_weights,
+    own_corpus,
+)
 from mbpa_lm.scoring import StreamScores, score_stream
 from mbpa_lm.tracking import RunLog
 from mbpa_lm.tuned import Tuned, load_tuned, save_tuned
@@ -73,7 +81,7 @@ def evaluate(config: Config, checkpoint_path: Path | None, tune_first: bool = Fa
                 stream.tokens,
                 experts,
                 memory,
-                config.evaluation.chunk_length,
+                chunk_length(config, experts, model.hidden_size),
                 slow_weights,
                 make_history(experts, model),
                 _show(progress),

@@ -14,7 +14,16 @@ from mbpa_lm.config import Config
 from mbpa_lm.config.checks import known
 from mbpa_lm.data.corpora import Corpus, open_corpus
 from mbpa_lm.data.streams import open_stream
-from mbpa_lm.datastores import TRAINING, identity_of, knows, likely_words_kept, open_datastores, open_one, training_datastore
+from mbpa_lm.datastores import (
+    TRAINING,
+    identity_of,
+    knows,
+    likely_words_kept,
+    limit_of,
+    open_datastores,
+    open_one,
+    training_datastore,
+)
 from mbpa_lm.dynamic_evaluation import DynamicModel, DynamicRule
 from mbpa_lm.errors import CheckpointError, ConfigError
 from mbpa_lm.experts.base import Expert
@@ -30,6 +39,9 @@ from mbpa_lm.models.base import LanguageModel
 from mbpa_lm.progress import console, token_progress
 from mbpa_lm.remember import Text
 from mbpa_lm.scales import fill_in, mean_squared_norm
+
+NEIGHBOURS_SHARE = 64
+"""Where resident memory is limited, one part in so many is for the keys of a chunk's neighbours, of which there are several copies."""
 
 
 def own_corpus(config: Config, checkpoint: Checkpoint) -> Corpus:
@@ -69,6 +81,16 @@ def make_memory(config: Config, checkpoint: Checkpoint, metric: Tensor | None, c
         return stream
     stores = open_datastores(config, checkpoint, partial(training_text, config, checkpoint))
     return CompositeMemory(stream, JoinedStores(stores), metric)
+
+
+def chunk_length(config: Config, experts: Sequence[Expert], hidden_size: int) -> int:
+    """Return how many tokens are processed at once: fewer than configured where their neighbours would fill what memory may take."""
+    limit, neighbours = limit_of(config.memory), max(expert.neighbours for expert in experts)
+    wanted = config.evaluation.chunk_length
+    if not limit or not neighbours:
+        return wanted
+    bytes_of_keys = 4 * hidden_size * neighbours
+    return max(1, min(wanted, limit // NEIGHBOURS_SHARE // bytes_of_keys))
 
 
 def _remote_memory(

@@ -61,7 +61,7 @@ class EvaluationConfig:
     text: str | None = None
     """Score this text file or folder of files instead, with the checkpoint's tokenizer."""
     chunk_length: int = 256
-    """Tokens processed at once; it changes speed and memory, never a result beyond rounding."""
+    """Tokens processed at once, at most; it changes speed and memory, never a result beyond rounding."""
     max_tokens: int = 0
     """Score only so many first tokens of the stream; 0: all."""
     tuned: bool = True
