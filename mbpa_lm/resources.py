@@ -41,7 +41,7 @@ from mbpa_lm.remember import Text
 from mbpa_lm.scales import fill_in, mean_squared_norm
 
 NEIGHBOURS_SHARE = 64
-"""Where resident memory is limited, one part in so many is for the keys of a chunk's neighbours, of which there are several copies."""
+"""Where memory is limited, one part in so many is for the keys of a chunk's neighbours, of which there are several copies."""
 
 
 def own_corpus(config: Config, checkpoint: Checkpoint) -> Corpus:
@@ -84,7 +84,7 @@ def make_memory(config: Config, checkpoint: Checkpoint, metric: Tensor | None, c
 
 
 def chunk_length(config: Config, experts: Sequence[Expert], hidden_size: int) -> int:
-    """Return how many tokens are processed at once: fewer than configured where their neighbours would fill what memory may take."""
+    """Return how many tokens are processed at once: where memory is limited, so few that the keys of their neighbours fit in."""
     limit, neighbours = limit_of(config.memory), max(expert.neighbours for expert in experts)
     wanted = config.evaluation.chunk_length
     if not limit or not neighbours:
