@@ -120,10 +120,12 @@ def prepare_machine(config: Config, keep_memory: bool = True) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
-    from mbpa_lm.machine import keep_freed_memory
+    from mbpa_lm.machine import keep_freed_memory, return_freed_memory
 
     if keep_memory:
         keep_freed_memory()
+    else:
+        return_freed_memory()
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     if config.run.device == "cuda" and not torch.cuda.is_available():

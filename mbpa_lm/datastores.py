@@ -135,7 +135,7 @@ def _can_go_on(folder: Path, layout: Layout, text: Text) -> bool:
         return False
     manifest = read_manifest(folder)
     found = [(each.name, each.fingerprint, each.entries) for each in manifest.sources]
-    return manifest.layout == layout and found in ([], [(text.name, text.fingerprint, len(text.tokens) - 1)])
+    return manifest.layout == layout and found in ([], [(text.name, text.fingerprint, text.entries)])
 
 
 def _remove(folder: Path) -> None:
@@ -151,7 +151,7 @@ def index_kind(memory: MemoryConfig) -> IndexKind | None:
 
 def build(store: Datastore, model: LanguageModel, text: Text, memory: MemoryConfig) -> None:
     """Add a text to a store and index it, with progress on the terminal."""
-    with ProgressBar(f"remembering {text.name}", len(text.tokens) - 1, "entries") as progress:
+    with ProgressBar(f"remembering {text.name}", text.entries, "entries") as progress:
         remember(store, model, text, progress.reach)
     if store.needs_index(index_kind(memory)):
         build_index(store, index_kind(memory))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 CODE = ("mbpa_lm", "configs", "train.py", "evaluate.py")
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 """Parameters of glibc's mallopt, from malloc.h."""
 
 
@@ -37,6 +37,17 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_THRESHOLD, 1 << 30)
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     mallopt(M_TOP_PAD, 256 << 20)
+
+
+def return_freed_memory() -> None:
+    """Ask the C library to hand every freed tensor of a mebibyte or more back to the kernel at once.
+
+    By itself it does so at first, and then keeps what is as large as something that was freed before.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(M_ARENA_MAX, 2)
 
 
 def bfloat16_is_faster(device: torch.device, size: int = 1024, repeats: int = 3) -> bool:

@@ -171,7 +171,8 @@ def _read(config: Config, checkpoint: Checkpoint, path: Path) -> Text:
     text = WholeText(path, config.data.document_pattern)
     with token_progress(f"tokenizing {text.name}") as progress:
         stream = open_stream(text, "text", checkpoint.tokenizer, Path(config.data.token_folder), progress)
-    return Text(text.name, text.fingerprint("text"), stream.tokens, stream.document_starts)
+    apart = config.model.pretrained is not None  # such a model meets a document without any other before it
+    return Text(text.name, text.fingerprint("text"), stream.tokens, stream.document_starts, apart)
 
 
 def _is_there(folder: Path) -> bool:

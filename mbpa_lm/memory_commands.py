@@ -14,7 +14,7 @@ from mbpa_lm.errors import ConfigError, did_you_mean, reason
 USAGE = """usage: mbpa-memory COMMAND ...
 
   build   --checkpoint RUN --output FOLDER [--text PATH]   a memory of the training text, or of a file or folder of text
-          --model.pretrained NAME, for --checkpoint RUN,   of a model of transformers: its name on the hub, or its folder
+          --model NAME, for --checkpoint RUN,              of a model of transformers: its name on the hub, or its folder
   add     --checkpoint RUN --output FOLDER --text PATH     more text into a memory
   index   FOLDER [--kind KIND]                             an index over all entries there are now
   compact FOLDER                                           its keys in the index alone, which are half of its size
@@ -59,7 +59,8 @@ def _remember(command: str, description: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=str, help="Folder of the memory (required).")
     training = " (required)." if command == "add" else "; the training text where it is left out."
     parser.add_argument("--text", type=str, help=f"Text file, or folder of files{training}")
-    config, options = parse(parser, arguments)
+    names_model = [f"{argument}.pretrained" if argument == "--model" else argument for argument in arguments]
+    config, options = parse(parser, names_model)
     check_one_model(config, options)
     checkpoint = [] if config.model.pretrained else ["checkpoint"]
     for name in (*checkpoint, "output", *(["text"] if command == "add" else [])):

@@ -1,7 +1,8 @@
 """Reading a text with a model and writing what it leaves behind into a datastore, in memory that does not grow with it.
 
 The text is read in blocks, several side by side, each on its own after the WARM_UP tokens before it. So where a build was
-interrupted it goes on with the next block, and what is stored does not depend on that.
+interrupted it goes on with the next block, and what is stored does not depend on that. Documents are parts of one stream, as
+the models of this package read them, or each is read as if there were no other, as a model of transformers meets them.
 
 Dimensions: `B` blocks side by side, `T` tokens, `V` vocabulary, `d` hidden size.
 """
@@ -32,8 +33,28 @@ class Text(NamedTuple):
 
     name: str
     fingerprint: str
-    tokens: np.ndarray  # (n,) ids; an entry each but the last
+    tokens: np.ndarray  # (n,) ids; an entry each but the last, of the text or of each document
     document_starts: np.ndarray  # (documents,), the first token of each
+    apart: bool = False  # whether each document is read on its own
+
+    def stretches(self) -> list[tuple[int, int]]:
+        """Return the tokens [begin, end) of what is read without anything before it."""
+        starts = self.document_starts.tolist() if self.apart else [0]
+        ends = [*starts[1:], len(self.tokens)]
+        return [(begin, end) for begin, end in zip(starts, ends, strict=True) if end > begin]
+
+    @property
+    def entries(self) -> int:
+        """Return how many entries the text leaves behind."""
+        return len(self.tokens) - len(self.stretches())
+
+
+class _Block(NamedTuple):
+    """Positions [begin, end) of a text that are read side by side with others, after a few before them."""
+
+    begin: int
+    end: int
+    warm_up: int
 
 
 @torch.no_grad()
@@ -52,22 +73,43 @@ def remember(
     limit = store.memory_limit
     waiting = min(NUMBERS_AT_ONCE, limit // 128) if limit else NUMBERS_AT_ONCE
     logits = min(LOGITS_AT_ONCE, limit // 256) if limit else LOGITS_AT_ONCE
-    side_by_side = max(1, min(SIDE_BY_SIDE, waiting // (BLOCK * model.hidden_size)))
-    while done < source.entries:
-        end = min(done + BLOCK * side_by_side, source.entries)
-        begins = range(done, end, BLOCK)
-        parts = [(begin, min(begin + BLOCK, end)) for begin in begins]
-        blocks = _read_blocks(model, text.tokens, parts, store.likely_words, logits)
-        entries = Entries(*(torch.cat(column) for column in zip(*(block.tensors() for block in blocks), strict=True)))
-        documents = np.searchsorted(text.document_starts, np.arange(done, end), side="right") - 1
+    at_once = BLOCK * max(1, min(SIDE_BY_SIDE, waiting // (BLOCK * model.hidden_size)))
+    for group in _groups(_blocks(text, done), at_once):
+        found = _read_blocks(model, text.tokens, group, store.likely_words, logits)
+        entries = Entries(*(torch.cat(column) for column in zip(*(block.tensors() for block in found), strict=True)))
+        positions = np.concatenate([np.arange(block.begin, block.end) for block in group])
+        documents = np.searchsorted(text.document_starts, positions, side="right") - 1
         store.add(entries, torch.from_numpy(np.maximum(documents, 0)) + source.first_document, source)
-        done = end
+        done += len(positions)
         on_progress(done)
+
+
+def _blocks(text: Text, done: int) -> Iterator[_Block]:
+    """Cut a text into blocks, leaving out those of the first `done` entries."""
+    before = 0
+    for first, end in text.stretches():
+        for begin in range(first, end - 1, BLOCK):
+            block = _Block(begin, min(begin + BLOCK, end - 1), min(begin - first, WARM_UP))
+            if before >= done:
+                yield block
+            before += block.end - block.begin
+
+
+def _groups(blocks: Iterator[_Block], entries: int) -> Iterator[list[_Block]]:
+    """Put consecutive blocks together, up to so many entries, or one block."""
+    group: list[_Block] = []
+    for block in blocks:
+        if group and sum(each.end - each.begin for each in group) + block.end - block.begin > entries:
+            yield group
+            group = []
+        group.append(block)
+    if group:
+        yield group
 
 
 def _source(store: Datastore, text: Text) -> Source:
     """Return the record of the text in the store, a new one where it has none."""
-    sources, entries = store.manifest.sources, len(text.tokens) - 1
+    sources, entries = store.manifest.sources, text.entries
     for source in sources:
         if (source.fingerprint, source.entries) == (text.fingerprint, entries):
             return source
@@ -78,21 +120,20 @@ def _source(store: Datastore, text: Text) -> Source:
     return Source(text.name, text.fingerprint, len(store), store.manifest.documents, entries)
 
 
-def _read_blocks(
-    model: LanguageModel, tokens: np.ndarray, blocks: list[tuple[int, int]], likely: int, logits: int
-) -> list[Entries]:
+def _read_blocks(model: LanguageModel, tokens: np.ndarray, blocks: list[_Block], likely: int, logits: int) -> list[Entries]:
     """Return the entries of each block; those of one length and one warm-up are read side by side."""
     found: dict[int, Entries] = {}
-    groups: dict[tuple[int, int], list[int]] = {}
-    for begin, end in blocks:
-        groups.setdefault((min(begin, WARM_UP), end - begin), []).append(begin)
-    for (warm_up, length), begins in groups.items():
-        rows = np.stack([tokens[begin - warm_up : begin + length + 1] for begin in begins]).astype(np.int64)
-        pieces = list(_read(model, torch.from_numpy(rows), warm_up, likely, logits))
-        for row, begin in enumerate(begins):
-            parts = zip(*(piece.tensors() for piece in pieces), strict=True)
-            found[begin] = Entries(*(torch.cat([part[row] for part in column]) for column in parts))
-    return [found[begin] for begin, _ in blocks]
+    alike: dict[tuple[int, int], list[int]] = {}
+    for begin, end, warm_up in blocks:
+        alike.setdefault((warm_up, end - begin), []).append(begin)
+    for (warm_up, length), every in alike.items():
+        for begins in (every[first : first + SIDE_BY_SIDE] for first in range(0, len(every), SIDE_BY_SIDE)):
+            rows = np.stack([tokens[begin - warm_up : begin + length + 1] for begin in begins]).astype(np.int64)
+            pieces = list(_read(model, torch.from_numpy(rows), warm_up, likely, logits))
+            for row, begin in enumerate(begins):
+                parts = zip(*(piece.tensors() for piece in pieces), strict=True)
+                found[begin] = Entries(*(torch.cat([part[row] for part in column]) for column in parts))
+    return [found[block.begin] for block in blocks]
 
 
 def _read(model: LanguageModel, rows_BT: Tensor, warm_up: int, likely: int, logits: int) -> Iterator[Entries]:

@@ -84,7 +84,7 @@ def make_memory(config: Config, checkpoint: Checkpoint, metric: Tensor | None, c
 
 
 def chunk_length(config: Config, experts: Sequence[Expert], hidden_size: int) -> int:
-    """Return how many tokens are processed at once: where memory is limited, so few that the keys of their neighbours fit in."""
+    """Return how many tokens are processed at once: where memory is limited, so few that their neighbours fit in."""
     limit, neighbours = limit_of(config.memory), max(expert.neighbours for expert in experts)
     wanted = config.evaluation.chunk_length
     if not limit or not neighbours:

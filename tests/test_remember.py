@@ -44,25 +44,48 @@ def test_entries_are_those_of_reading_it_in_one_go(tmp_path: Path, kind: str) ->
     assert documents.tolist() == [0] * 100 + [1] * 150 + [2] * 50
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_interrupted_text_goes_on_to_the_same_entries(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_text_goes_on_to_the_same_entries(
+    tmp_path: Path, kind: str, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TEXT._replace(apart=apart)
     monkeypatch.setattr(module, "BLOCK", 16)
     monkeypatch.setattr(module, "SIDE_BY_SIDE", 3)
     monkeypatch.setattr(module, "WARM_UP", 20)
     model = small_model(kind).float()
     whole, interrupted = empty(tmp_path / "whole"), empty(tmp_path / "interrupted")
-    remember(whole, model, TEXT)
+    remember(whole, model, text)
 
     def interrupt(done: int) -> None:
         raise Interrupted
 
-    while len(interrupted) < 300:
+    while len(interrupted) < text.entries:
         with pytest.raises(Interrupted):
-            remember(interrupted, model, TEXT, interrupt)
+            remember(interrupted, model, text, interrupt)
         interrupted.close()
         interrupted = Datastore.open(tmp_path / "interrupted", writable=True)
-    remember(interrupted, model, TEXT, interrupt)  # nothing is left to do
+    remember(interrupted, model, text, interrupt)  # nothing is left to do
     assert whole.manifest == interrupted.manifest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_that_are_apart_are_read_each_on_its_own(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 70)
+    monkeypatch.setattr(module, "WARM_UP", 200)
+    model, text = small_model(kind).float(), TEXT._replace(document_starts=np.array([0, 100, 100, 250]), apart=True)
+    store = empty(tmp_path / "m")
+    remember(store, model, text)
+    assert len(store) == text.entries == 298  # the last token of each of three has none after it
+    entries, documents = store.entries_between(0, 298)
+    values, keys = [], []
+    for begin, end in ((0, 100), (100, 250), (250, 301)):
+        values += TOKENS[begin + 1 : end].tolist()
+        with torch.no_grad():
+            keys.append(model(torch.from_numpy(TOKENS[None, begin : end - 1].astype(np.int64))).hidden_states[0])
+    assert entries.values.tolist() == values
+    torch.testing.assert_close(entries.keys, torch.cat(keys), rtol=1e-4, atol=1e-5)
+    assert documents.tolist() == [0] * 99 + [2] * 149 + [3] * 50
 
 
 def test_a_block_depends_on_the_warm_up_before_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

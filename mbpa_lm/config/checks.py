@@ -1,6 +1,7 @@
 """What sections of a configuration check their values with; each raises ConfigError naming the key."""
 
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mbpa_lm.errors import ConfigError
 
@@ -35,3 +36,30 @@ def require_probability(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(f"{section}.{name}", value, value is None or 0 <= value < 1, "at least 0 and less than 1")
+
+
+def check_types(section: type, values: dict[str, Any]) -> None:
+    """Check values that no parser has seen against the fields of a section of the configuration."""
+    hints = get_type_hints(section)
+    for name, value in values.items():
+        if not _is_of(value, hints[name]):
+            choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+            wanted = f"one of {', '.join(map(str, choices))}" if choices else f"of type {_spelt(hints[name])}"
+            require(name, value, False, wanted)
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, each) for each in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _spelt(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)

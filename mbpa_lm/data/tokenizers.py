@@ -201,7 +201,9 @@ class HuggingFaceTokenizer:
         return str(self._tokenizer.convert_ids_to_tokens(index))
 
     def fingerprint(self) -> str:
-        return _hash(self.kind, self._tokenizer.backend_tokenizer.to_str().encode())
+        rules = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        rules |= {"padding": None, "truncation": None}  # left there by the last call
+        return _hash(self.kind, json.dumps(rules, ensure_ascii=False, separators=(",", ":")).encode())
 
     def save(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(folder / HUGGINGFACE_FOLDER)

@@ -7,10 +7,12 @@ Hooks see the hidden states and replace the logits of `model(...)`; `model.gener
 generated text can be treated differently. After the block the model is what it was.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from mbpa_lm.errors import ConfigError, ModelError
 from mbpa_lm.integrations.generation import Generation, Write
 from mbpa_lm.integrations.memory import Memory
 from mbpa_lm.integrations.reading import Piece, RowReader
+
+CACHES = {"cache", "past_key_values", "cache_params"}
+"""Names by which models take what they have read before."""
 
 
 @contextmanager
@@ -31,8 +36,15 @@ def adapt(model: Any, memory: Memory, write: Write = "prompts") -> Iterator["Ada
     """
     if write not in get_args(Write):
         raise ConfigError(f"write is {write!r}, but must be one of {', '.join(get_args(Write))}")
+    if not isinstance(memory, Memory):
+        raise ConfigError(f"the memory is a {type(memory).__name__}; make one with Memory(model), or open one with Memory.load")
     if memory.language_model.causal_lm is not model:
         raise ModelError(f"the memory was made for another {type(model).__name__}: Memory(model)")
+    if write != "nothing" and not CACHES & inspect.signature(model.forward).parameters.keys():
+        raise ModelError(
+            f"{type(model).__name__} takes no cache that would say what it has read before, so that nothing can be remembered "
+            f"rightly: write='nothing'"
+        )
     if "generate" in vars(model):
         raise ModelError(f"this {type(model).__name__} is adapted already; leave the other block first")
     adapter = Adapter(model, memory, write)
@@ -50,6 +62,16 @@ def adapt(model: Any, memory: Memory, write: Write = "prompts") -> Iterator["Ada
             hook.remove()
 
 
+def _by_name(model: Any, inputs: tuple[Any, ...], positional_and_named: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by their names."""
+    signature = inspect.signature(model.forward)
+    named = dict(signature.bind_partial(*inputs, **positional_and_named).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return named
+
+
 @dataclass(frozen=True)
 class _Call:
     """A call of `model(...)` that is under way."""
@@ -57,6 +79,16 @@ class _Call:
     tokens_BT: Tensor | None
     mask_BT: Tensor | None  # bool
     first_column: int  # of these tokens in their texts
+    named: dict[str, Any]  # all that it was given
+
+
+@dataclass
+class _Texts:
+    """What is being read, a text in each row of a batch."""
+
+    rows: list[RowReader]
+    ended: list[bool]  # by a token that ends a text
+    columns: int = 0  # that have been read
 
 
 class Adapter:
@@ -68,52 +100,62 @@ class Adapter:
         self._generation: Generation | None = None
         self._call: _Call | None = None
         self._hidden_states_BTd: Tensor | None = None
-        self._rows: list[RowReader] = []
-        self._ended: list[bool] = []
-        self._cache: Any = None  # of the last call, and how much had been read with it
-        self._columns = 0
+        self._texts = _Texts([], [])
+        self._by_cache: WeakKeyDictionary[Any, _Texts] = WeakKeyDictionary()  # texts may be read in turns
 
-    def before(self, model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def before(self, model: Any, inputs: tuple[Any, ...], positional_and_named: dict[str, Any]) -> None:
         """Note what is about to be read."""
-        tokens = inputs[0] if inputs else named.get("input_ids")
+        named = _by_name(model, inputs, positional_and_named)
+        tokens = named.get("input_ids")
         if tokens is None and self.write != "nothing":
             raise ModelError("inputs_embeds has no tokens that could be remembered; adapt(..., write='nothing') reads them")
-        first = self._read_before(named.get("cache"))
+        cache = next((named[name] for name in CACHES if named.get(name) is not None), None)
         size = tokens if tokens is not None else named["inputs_embeds"]
+        first = self._read_before(cache)
         mask = named.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             mask = None if self._generation is None else self._generation.mask_of(first + size.shape[1])
         columns = size.shape[1]
         if mask is not None:
             mask = (mask[:, first : first + columns] if mask.shape[1] >= first + columns else mask[:, -columns:]).bool()
-        if first == 0 or len(self._rows) != size.shape[0]:
-            self._rows = [RowReader(self._memory, row) for row in range(size.shape[0])]
-            self._ended = [False] * size.shape[0]
-            for row in self._rows:
+        known = self._by_cache.get(cache) if first else None
+        if known is None or len(known.rows) != size.shape[0]:
+            known = _Texts([RowReader(self._memory, row) for row in range(size.shape[0])], [False] * size.shape[0])
+            for row in known.rows:
                 row.begin()
-        self._call = _Call(tokens, mask, first)
+        self._texts, self._call = known, _Call(tokens, mask, first, named)
 
     def after_base(self, base: Any, inputs: Any, output: Any) -> None:
         """Note the hidden states."""
         self._hidden_states_BTd = output[0]
 
     @torch.no_grad()
-    def after(self, model: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    def after(self, model: Any, inputs: tuple[Any, ...], positional_and_named: dict[str, Any], output: Any) -> Any:
         """Return the output with adapted logits, and the loss of those where there are labels."""
         call, hidden_states, self._call, self._hidden_states_BTd = self._call, self._hidden_states_BTd, None, None
-        assert call is not None
-        assert hidden_states is not None
-        self._columns = call.first_column + hidden_states.shape[1]
-        self._cache = output.get("cache") if hasattr(output, "get") else None
+        if call is None or hidden_states is None:
+            raise ModelError(
+                f"the hidden states of this {type(model).__name__} were not seen: it was compiled before this block, or is "
+                f"called from two threads; compile it inside the block, and call it from one thread"
+            )
+        self._texts.columns = call.first_column + hidden_states.shape[1]
+        cache = output.get("cache") if hasattr(output, "get") else None
+        if cache is not None:
+            self._by_cache[cache] = self._texts
+        named = call.named
         labels = named.get("labels")
         place = 0 if labels is None else 1
         logits = output["logits"] if hasattr(output, "keys") else output[place]
-        adapted = self._adapted(call, hidden_states, logits, named.get("logits_to_keep", 0))
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            adapted = self._adapted(call, hidden_states, logits, named.get("logits_to_keep", 0))
         loss = None
         if labels is not None:
-            more = {name: named[name] for name in ("num_items_in_batch",) if name in named}
+            more = {name: named[name] for name in ("num_items_in_batch", "shift_labels", "ignore_index") if name in named}
             size = self._memory.language_model.vocabulary_size
             loss = model.loss_function(logits=adapted, labels=labels, vocab_size=size, **more)
+            of_router = getattr(output, "aux_loss", None)
+            if of_router is not None:
+                loss = loss + model.router_aux_loss_coef * of_router.to(loss.device)
         if hasattr(output, "keys"):
             output["logits"] = adapted
             if loss is not None:
@@ -123,11 +165,15 @@ class Adapter:
 
     def end(self, tokens_B: Tensor) -> None:
         """Say which token follows each text that was read last, for the last position to be remembered."""
-        for row, token in zip(self._rows, tokens_B, strict=True):
+        for row, token in zip(self._texts.rows, tokens_B, strict=True):
             row.end(token[None])
 
     def generate(self, *inputs: Any, **named: Any) -> Any:
         """Do what the model's own `generate` does; raises ModelError for ways that cannot be remembered."""
+        if self._generation is not None:
+            raise ModelError(
+                "generate was called inside generate (assistant_model is the model itself?); give another assistant"
+            )
         self._generation = Generation.of(self._model, inputs, named, self.write)
         try:
             return self._generate(*inputs, **{"disable_compile": True, **named})  # a compiled model would pass the hooks by
@@ -141,7 +187,8 @@ class Adapter:
         try:
             return int(cache.get_seq_length())
         except ValueError:  # of a recurrent model, which does not count
-            return self._columns if cache is self._cache else 0
+            known = self._by_cache.get(cache)
+            return 0 if known is None else known.columns
 
     def _adapted(self, call: _Call, hidden_states_BTd: Tensor, logits_BkV: Tensor, kept: int | Tensor) -> Tensor:
         rows, columns = hidden_states_BTd.shape[:2]
@@ -162,7 +209,7 @@ class Adapter:
             wanted = order_k[valid_T[places_k[order_k]]]
             is_all = torch.equal(wanted, torch.arange(logits_BkV.shape[1], device=wanted.device))
             logits_kV = adapted_BkV[row] if is_all else adapted_BkV[row, wanted]
-            self._rows[row].read(
+            self._texts.rows[row].read(
                 Piece(tokens_n, keys_BTd[row, valid_n], stored_n, logits_kV, torch.searchsorted(valid_n, places_k[wanted]))
             )
             if not is_all:
@@ -180,6 +227,6 @@ class Adapter:
         if self._memory.rows == "shared" and row % generation.copies:
             stored_n[:] = False  # the same prompt is in another row
         for place in (columns_n >= generation.prompt_columns).nonzero()[:, 0].tolist():
-            self._ended[row] |= int(tokens_n[place]) in generation.ends
-            stored_n[place] &= not self._ended[row]
+            self._texts.ended[row] |= int(tokens_n[place]) in generation.ends
+            stored_n[place] &= not self._texts.ended[row]
         return stored_n

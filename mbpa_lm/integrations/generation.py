@@ -49,8 +49,8 @@ def _check(config: Any, has_assistant: bool, write: Write) -> None:
         return
     if config.use_cache is False:
         raise ModelError(
-            "generate with use_cache=False reads the prompt again at each step, and would remember it again: leave it out, or "
-            "adapt with write='nothing'"
+            "generate with use_cache=False reads the prompt again at each step, and would remember it again: give "
+            "use_cache=True, or adapt with write='nothing'"
         )
     if config.guidance_scale not in (None, 1):
         raise ModelError("guidance_scale has the model read a second text, which is not to be remembered: write='nothing'")

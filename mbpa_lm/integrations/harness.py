@@ -7,11 +7,13 @@ is enough for `lm_eval.simple_evaluate(model="mbpa_lm", ...)`. Requests are inde
 nothing that they say is remembered.
 """
 
+import sys
 from typing import Any
 
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from mbpa_lm.commands import guarded
 from mbpa_lm.errors import ConfigError
 from mbpa_lm.integrations.adapting import adapt
 from mbpa_lm.integrations.memory import SETTING_NAMES, Memory
@@ -37,7 +39,7 @@ def main() -> None:
     """Do what `lm_eval` does, with this model type too."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    sys.exit(guarded(lambda _: cli_evaluate(), ()))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from mbpa_lm.config import AdaptationConfig, MemoryConfig
+from mbpa_lm.config.checks import check_types
 from mbpa_lm.data.tokenizers import HuggingFaceTokenizer
 from mbpa_lm.datastores import build, index_kind, limit_of
 from mbpa_lm.durable import replace_json
-from mbpa_lm.errors import ConfigError, DatastoreError, did_you_mean, reason
+from mbpa_lm.errors import ConfigError, DatastoreError, ModelError, did_you_mean, reason
 from mbpa_lm.experts.mbpa import MbpaExpert
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.composite import CompositeMemory
@@ -33,7 +34,7 @@ from mbpa_lm.memory.datastore.manifest import Identity, Layout
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.fingerprint import model_fingerprint
-from mbpa_lm.models.head import positions_of
+from mbpa_lm.models.head import in_evaluation, positions_of
 from mbpa_lm.models.pretrained import LONGEST_CONTEXT
 from mbpa_lm.models.transformer import TransformerLanguageModel
 from mbpa_lm.remember import Text
@@ -62,12 +63,15 @@ class Memory:
         """
         if rows not in get_args(Rows):
             raise ConfigError(f"rows is {rows!r}, but must be one of {', '.join(get_args(Rows))}")
+        _check_parts(model, tokenizer)
         self.rows = rows
         self.tokenizer = tokenizer
-        self._settings = settings
-        memory, adaptation = _configured(settings)
+        self._settings = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
+        memory, adaptation = _configured(self._settings)
         context = min(positions_of(model) or LONGEST_CONTEXT, LONGEST_CONTEXT)
-        self.language_model = TransformerLanguageModel(model, context, context // 2).eval()
+        with in_evaluation(model):
+            self.language_model = TransformerLanguageModel(model, context, context // 2)
+        self.language_model.training = False  # the model in it stays as it is
         self.identity = Identity(model_fingerprint(model), _fingerprint_of(tokenizer))
         self._norm: float | None = None
         self._adaptation = adaptation
@@ -79,11 +83,13 @@ class Memory:
         self._streams: dict[int, WindowMemory] = {}
 
     @classmethod
-    def load(cls, folder: str | Path, model: Any, tokenizer: Any | None = None, **settings: Any) -> Self:
+    def load(
+        cls, folder: str | Path, model: Any, tokenizer: Any | None = None, *, rows: Rows | None = None, **settings: Any
+    ) -> Self:
         """Open one that was saved, or made by `mbpa-memory build`; more documents can be added.
 
-        Args: settings that replace those that were saved with it. Raises DatastoreError where it is missing, damaged, or of
-        another model or tokenizer.
+        Args: rows, None for what was saved; settings that replace those that were saved with it. Raises DatastoreError where
+        it is missing, damaged, or of another model or tokenizer.
         """
         path = Path(folder)
         try:
@@ -91,7 +97,7 @@ class Memory:
             kept = dict(saved.get("settings", {}))
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise DatastoreError(f"{path / SETTINGS} cannot be read: {reason(error)}; put it back, or delete it") from None
-        memory = cls(model, tokenizer, **{**kept, **settings})
+        memory = cls(model, tokenizer, rows=rows or saved.get("rows", "shared"), **{**kept, **settings})
         memory._open(path)
         memory._norm = saved.get("mean_squared_norm")
         return memory
@@ -116,26 +122,33 @@ class Memory:
         return self._expert
 
     def add_documents(self, documents: Sequence[str] | Sequence[Sequence[int]]) -> None:
-        """Read documents with the model and remember them; documents that were added together before are not added again.
+        """Read each document on its own and remember it; documents that were added together before are not added again.
 
         They are written into the folder that the memory was loaded from, where there is one. Args: documents as text, or as the
-        tokenizer's ids. Raises ConfigError where there is text and no tokenizer, DatastoreError where they cannot be written.
+        tokenizer's ids. Raises ConfigError where there is text and no tokenizer, or ids that the model does not know,
+        DatastoreError where they cannot be written.
         """
+        if isinstance(documents, str):
+            raise ConfigError("add_documents takes a list of documents: put the text into one, add_documents([text])")
         ids = [each for each in map(self._ids, documents) if len(each)]
         tokens = np.concatenate([*ids, np.zeros(0, dtype=np.int64)])
-        if len(tokens) < 2:
+        if max(map(len, ids), default=0) < 2:
             return
+        self._check_ids(tokens)
         starts = np.cumsum([0, *map(len, ids[:-1])])
         if self._norm is None:
-            self._norm, self._expert = measure_norm(self.language_model, tokens[:TOKENS]), None
+            with in_evaluation(self.language_model):
+                self._norm, self._expert = measure_norm(self.language_model, tokens[:TOKENS]), None
         if self._folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="mbpa-memory-")
             self._folder = Path(self._temporary.name) / "memory"
             layout = Layout(self.language_model.hidden_size, self.config.likely_words, self.config.key_type)
             Datastore.create(self._folder, self.identity, layout).close()
         fingerprint = hashlib.sha256(tokens.tobytes() + starts.tobytes()).hexdigest()
-        with Datastore.open(self._folder, self.identity, limit_of(self.config), writable=True) as store:
-            build(store, self.language_model, Text(f"{len(ids):,} documents", fingerprint, tokens, starts), self.config)
+        text = Text(f"{len(ids):,} documents", fingerprint, tokens, starts, apart=True)
+        opened = Datastore.open(self._folder, self.identity, limit_of(self.config), writable=True)
+        with opened as store, in_evaluation(self.language_model):
+            build(store, self.language_model, text, self.config)
         self._open(self._folder)
 
     def window(self, row: int) -> WindowMemory:
@@ -144,7 +157,8 @@ class Memory:
         if place not in self._streams:
             weight = self.language_model.output_layer().weight
             shape = (self.config.size, self.language_model.hidden_size, self.config.likely_words)
-            self._streams[place] = WindowMemory(*shape, weight.dtype, weight.device)
+            with torch.inference_mode(False):  # it may outlive the inference mode of the call that makes it
+                self._streams[place] = WindowMemory(*shape, weight.dtype, weight.device)
         return self._streams[place]
 
     def searched(self, row: int) -> CompositeMemory | WindowMemory:
@@ -169,6 +183,7 @@ class Memory:
         """
         path = Path(folder)
         layout = Layout(self.language_model.hidden_size, self.config.likely_words, self.config.key_type)
+        settings = {"settings": self._settings, "rows": self.rows, "mean_squared_norm": self._measured_norm()}
         if self._folder is not None and path.resolve() == self._folder.resolve():
             target = path
         elif path.exists():
@@ -188,7 +203,7 @@ class Memory:
                     store.add(window.entries())
                 if store.needs_index(index_kind(self.config)):
                     store.build_index(index_kind(self.config))
-            replace_json(target / SETTINGS, {"settings": self._settings, "mean_squared_norm": self._measured_norm()})
+            replace_json(target / SETTINGS, settings)
             if target != path:
                 target.rename(path)
         except OSError as error:
@@ -209,25 +224,55 @@ class Memory:
                 f"the memory in {folder} keeps {store.likely_words} likely words an entry; open it with likely_words="
                 f"{store.likely_words}"
             )
+        if self._store is not None:
+            self._store.close()
         self._folder, self._store = folder, store
+
+    def _check_ids(self, tokens: np.ndarray) -> None:
+        known, largest, least = self.language_model.vocabulary_size, int(tokens.max()), int(tokens.min())
+        if largest >= known or least < 0:
+            raise ConfigError(
+                f"the documents hold token {largest if largest >= known else least}, but the model knows {known:,}; take the "
+                f"model's own tokenizer"
+            )
 
     def _ids(self, document: str | Sequence[int]) -> np.ndarray:
         if not isinstance(document, str):
-            return np.asarray(document, dtype=np.int64)
+            try:
+                given = np.asarray(document, dtype=np.int64)
+            except (TypeError, ValueError):
+                given = np.zeros((), dtype=np.int64)
+            if given.ndim != 1:
+                raise ConfigError(f"a document is a {type(document).__name__}, but must be text, or a list of token ids")
+            return given
         if self.tokenizer is None:
             raise ConfigError("documents are given as text, but the memory has no tokenizer: Memory(model, tokenizer)")
-        ids = list(self.tokenizer(document).input_ids)
+        found = list(self.tokenizer(document).input_ids)
         end = self.tokenizer.eos_token_id
-        if ids and end is not None and ids[-1] != end:
-            ids.append(end)
-        return np.asarray(ids, dtype=np.int64)
+        if found and end is not None and found[-1] != end:
+            found.append(end)
+        return np.asarray(found, dtype=np.int64)
 
     def _measured_norm(self) -> float:
         """Return the mean squared norm of hidden states, on the first documents or, where there are none, on any tokens."""
         if self._norm is None:
             tokens = np.random.default_rng(0).integers(0, self.language_model.vocabulary_size, TOKENS_WITHOUT_TEXT)
-            return measure_norm(self.language_model, tokens)
+            with in_evaluation(self.language_model):
+                return measure_norm(self.language_model, tokens)
         return self._norm
+
+
+def _check_parts(model: Any, tokenizer: Any | None) -> None:
+    """Raise ModelError or ConfigError for what is no model of transformers, or no tokenizer."""
+    if not (hasattr(model, "get_output_embeddings") and hasattr(model, "config")):
+        raise ModelError(
+            f"a memory is made for a causal language model of transformers, and this is a {type(model).__name__}; load one "
+            f"with AutoModelForCausalLM.from_pretrained(...)"
+        )
+    if "generate" in vars(model):
+        raise ModelError(f"this {type(model).__name__} is adapted now; make its memory before the with block")
+    if tokenizer is not None and not hasattr(tokenizer, "is_fast"):
+        raise ConfigError(f"the tokenizer is a {type(tokenizer).__name__}; load one with AutoTokenizer.from_pretrained(...)")
 
 
 def _fingerprint_of(tokenizer: Any | None) -> str:
@@ -244,5 +289,10 @@ def _configured(settings: dict[str, Any]) -> tuple[MemoryConfig, AdaptationConfi
     for name in settings:
         if name not in SETTING_NAMES:
             raise ConfigError(f"a memory has no setting {name!r}; {did_you_mean(name, SETTING_NAMES)}")
-    memory = {name: value for name, value in settings.items() if name in OF_MEMORY}
-    return MemoryConfig(**memory), AdaptationConfig(**{name: settings[name] for name in settings if name in OF_ADAPTATION})
+    sections: tuple[tuple[Any, tuple[str, ...]], ...] = ((MemoryConfig, OF_MEMORY), (AdaptationConfig, OF_ADAPTATION))
+    made = []
+    for section, names in sections:
+        values = {name: value for name, value in settings.items() if name in names}
+        check_types(section, values)
+        made.append(section(**values))
+    return made[0], made[1]

@@ -81,6 +81,8 @@ def perplexity(
     the tokenizer's own first token, and all are scored; memory, which is adapted to, and remembers what `write` says; what is
     read again as context is remembered once. Raises ConfigError for an impossible window.
     """
+    if isinstance(texts, str):
+        raise ConfigError("perplexity takes a list of texts: put the text into one, perplexity(model, tokenizer, [text])")
     longest = positions_of(model) or LONGEST_WINDOW
     size = longest if window is None else window
     if not 2 <= size <= longest or (stride is not None and not 1 <= stride <= size):
@@ -94,6 +96,8 @@ def perplexity(
             for each in _side_by_side(ids, _first_token(tokenizer), size) if stride is None else _sliding(ids, size, stride):
                 nats += _loss(model, each, adapted, write)
                 tokens += len(each.scored)
+    if not tokens:
+        raise ConfigError("the texts hold no token that could be scored; with a stride, the first of each text is not")
     words = sum(len(re.split(r"\s+", text)) for text in texts)
     return Perplexity(nats, tokens, words, sum(len(text.encode()) for text in texts))
 

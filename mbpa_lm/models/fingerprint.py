@@ -6,19 +6,24 @@ spread; that another model agrees in all of them is not to be expected.
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import torch
 
 NUMBERS = 256
 """That are read of each weight."""
-LEFT_OUT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""Of a configuration: what does not change what the model computes, or is in the weights."""
+LEFT_OUT = re.compile(
+    r"_name_or_path|transformers_version|(torch_)?dtype|architectures|use_cache|output_\w+|return_dict|\w+_token_id|id2label|label2id"
+    r"|num_labels|problem_type|chunk_size_feed_forward|initializer_range|\w*_pdrop|\w*dropout|summary_\w+|pretraining_tp"
+)
+"""Of a configuration: what changes no hidden state that is read outside training, or is in the weights."""
 
 
 def model_fingerprint(model: Any) -> str:
-    """Return a fingerprint of a model's configuration and weights."""
-    configuration = {name: value for name, value in model.config.to_dict().items() if name not in LEFT_OUT}
+    """Return a fingerprint of a model's configuration and weights, the same for a compiled model as for the model itself."""
+    model = getattr(model, "_orig_mod", model)
+    configuration = {name: value for name, value in model.config.to_dict().items() if not LEFT_OUT.fullmatch(name)}
     found = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.named_parameters()):
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

@@ -55,7 +55,7 @@ def find_head(model: Any) -> Head:
     _check_weight(name, output)
     tokens = torch.arange(1, TRIED + 1, device=model.device)[None] % output.weight.shape[0]
     seen: dict[Any, Tensor] = {}
-    with _observed(bases, output, seen), _as_in_evaluation(model), torch.no_grad():
+    with _observed(bases, output, seen), in_evaluation(model), torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False, return_dict=True).logits
     base = next((base for base in bases if base in seen), None)
     if base is None:
@@ -106,7 +106,8 @@ def _observed(bases: list[nn.Module], output: nn.Module, seen: dict[Any, Tensor]
 
 
 @contextmanager
-def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Have a model compute as in evaluation, without dropout, for the length of the block."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -24,7 +24,7 @@ def test_half_of_a_folder_is_remembered_and_the_other_half_scored(models: Path, 
     arguments = ("--model", model, "--texts", tmp_path / "texts", "--memory", tmp_path / "memory")
     found = run(*arguments)
     assert found.returncode == 0, found.stderr
-    assert "remembered 161 contexts of 2 files" in found.stdout  # each with its </s>, and the first token has none
+    assert "remembered 160 contexts of 2 files" in found.stdout
     assert "the other 2 files, 160 words" in found.stdout
     changes = [float(line.split()[-3].rstrip("%")) for line in found.stdout.splitlines() if "tokens/s" in line]
     assert len(changes) == 2

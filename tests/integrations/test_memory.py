@@ -34,9 +34,9 @@ def test_documents_are_remembered_saved_and_loaded(models: Path, tokenizer: Any,
     plain = loss_of(model(text).logits, text)
     memory = mbpa_lm.Memory(model, tokenizer, neighbours=8)
     memory.add_documents(DOCUMENTS)
-    assert len(memory) == 4 * 51 - 1  # each document ends with its end, and the last token has no next
+    assert len(memory) == 4 * 50  # each document ends with its end, which has no token after it
     memory.add_documents(DOCUMENTS)
-    assert len(memory) == 4 * 51 - 1
+    assert len(memory) == 4 * 50
     found = loss_with(model, memory, text)
     assert found < plain - 0.5
     memory.save(tmp_path / "saved")
@@ -96,4 +96,4 @@ def test_a_memory_that_cannot_be_written_leaves_nothing(models: Path, tokenizer:
     (tmp_path / "file").write_text("")
     with pytest.raises(DatastoreError, match=r"could not be written: (Not a directory|File exists)"):
         memory.save(tmp_path / "file" / "saved")
-    assert len(memory) == 4 * 51 - 1
+    assert len(memory) == 4 * 50

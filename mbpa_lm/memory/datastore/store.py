@@ -10,6 +10,7 @@ Dimensions: `C` queries, `K` neighbours, `N` entries, `d` hidden size, `c` likel
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -58,9 +59,14 @@ class Datastore:
         self.folder = folder
         self.manifest = manifest
         self._memory_limit, self._gpus, self._lock = memory_limit, gpus, lock
-        self._files = EntryFiles(
-            folder, manifest.layout, manifest.entries, memory_limit, manifest.keys_from, self._keys_of_index
-        )
+        this = weakref.ref(self)  # a circle would keep the files open until the next collection
+
+        def keys_of_index(rows: np.ndarray) -> np.ndarray:
+            store = this()
+            assert store is not None
+            return store._keys_of_index(rows)
+
+        self._files = EntryFiles(folder, manifest.layout, manifest.entries, memory_limit, manifest.keys_from, keys_of_index)
         self._index: OpenIndex | None = None
         self._last_keys: tuple[tuple[int, int], Keys] | None = None
         if not unchecked:
