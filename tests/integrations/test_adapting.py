@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import mbpa_lm
@@ -253,6 +255,20 @@ def test_a_quantized_head_is_refused(models: Path) -> None:
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.mul(9).to(torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match="the output layer of LlamaForCausalLM is quantized; load the model with its lm_head"):
         mbpa_lm.Memory(model)
+
+
+def test_a_head_that_is_cut_over_devices_is_refused(models: Path) -> None:
+    model = load("llama", models)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(
+            ModelError, match="the output layer of LlamaForCausalLM is cut over several devices; load it without"
+        ):
+            mbpa_lm.Memory(model)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
