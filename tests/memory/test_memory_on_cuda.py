@@ -11,7 +11,7 @@ from mbpa_lm.memory.datastore.index import to_gpus, train_index
 from mbpa_lm.memory.nearest_faiss import has_gpu_build, nearest_faiss
 from mbpa_lm.memory.nearest_plain import Search, nearest_plain
 from mbpa_lm.memory.window import WindowMemory
-from tests.memory.test_datastore import make, queries
+from tests.memory.stores import make, queries
 from tests.memory.test_window import LIKELY, random_entries
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device on this machine")
