@@ -168,9 +168,10 @@ def _trained(run: Run) -> str:
     trained = run.metrics["checkpoint"]["trained"]
     if "seconds" not in trained:
         return f"Seed {run.seed}."
+    where = f" on {trained['machine']}" if "machine" in trained else ""
     return (
         f"The model: {run.metrics['parameters'] / 1e6:.1f} M parameters, seed {run.seed}, {trained['training']['epochs']} "
-        f"epochs in {trained['seconds'] / 60:.0f} minutes, validation perplexity {perplexity(trained['best_loss']):.2f}."
+        f"epochs in {trained['seconds'] / 60:.0f} minutes{where}, validation perplexity {perplexity(trained['best_loss']):.2f}."
     )
 
 
