@@ -25,13 +25,14 @@ def train(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: Sequence[str]) -> None:
     parser = make_parser("train.py", "Train a language model.")
-    parser.add_argument("--resume", action="store_true", help="Go on with the run in run.folder.")
+    resume = "Go on with the run in run.folder, or begin it where there is none; --resume auto says the same."
+    parser.add_argument("--resume", nargs="?", const="auto", choices=["auto"], help=resume)
     config, options = parse(parser, arguments)
     prepare_machine(config)
     from mbpa_lm.metrics import perplexity
     from mbpa_lm.training import train
 
-    result = train(config, options["resume"])
+    result = train(config, options["resume"] is not None)
     best, minutes = perplexity(result.best_validation_loss), result.seconds / 60
     print(f"best checkpoint: {result.checkpoint}, validation perplexity {best:.2f}, {minutes:.1f} min of training")
 

@@ -55,6 +55,12 @@ class RunFolderError(MbpaError):
     exit_code = 6
 
 
+class Terminated(MbpaError):
+    """A run that was asked to stop by SIGTERM, and has saved."""
+
+    exit_code = 143
+
+
 class DatastoreError(MbpaError):
     """A memory on disk or in a database that is missing, damaged, of another model, or cannot be written."""
 

@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from mbpa_lm.data.corpora import Corpus, open_corpus
 from mbpa_lm.data.pieces import Piece
 from mbpa_lm.data.streams import SequenceBatches, TokenStream, count_tokens, open_stream
 from mbpa_lm.data.tokenizers import Tokenizer, make_tokenizer
-from mbpa_lm.errors import CheckpointError, ConfigError
+from mbpa_lm.errors import CheckpointError, ConfigError, Terminated
 from mbpa_lm.machine import code_commit, describe_machine, pick_device
 from mbpa_lm.metrics import perplexity
 from mbpa_lm.models.base import State
@@ -50,6 +50,7 @@ from mbpa_lm.precision import choose_precision, loss_scale
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.resume import checkpoint_to_resume
 from mbpa_lm.sampled_softmax import inclusion_probabilities, sampled_cross_entropy
+from mbpa_lm.stopping import termination_requests
 from mbpa_lm.tracking import RunLog
 from mbpa_lm.validation import validation_batches, validation_loss
 
@@ -79,8 +80,8 @@ class TrainingResult:
 def train(config: Config, resume: bool = False) -> TrainingResult:
     """Train the configured model and return where its best checkpoint is.
 
-    Raises ConfigError, DataError or CheckpointError before any training where something does not fit, and
-    CheckpointError where a checkpoint cannot be written.
+    Raises ConfigError, DataError or CheckpointError before any training where something does not fit, CheckpointError where a
+    checkpoint cannot be written, and Terminated, after saving one, where SIGTERM asks it to stop.
     """
     run_folder = Path(config.run.folder)
     if has_checkpoint(run_folder) and not resume:
@@ -93,8 +94,11 @@ def train(config: Config, resume: bool = False) -> TrainingResult:
     torch.manual_seed(config.run.seed)
     model = checkpoint.model if checkpoint else build_model(config.model, tokenizer.vocabulary_size)
     run = _Run(config, corpus, tokenizer, streams, model.to(pick_device(config.run.device)), checkpoint)
-    with RunLog(run_folder, config.tracking.mode, config.tracking.project, "train", asdict(config)) as log:
-        return run.to_the_end(log)
+    with (
+        RunLog(run_folder, config.tracking.mode, config.tracking.project, "train", asdict(config)) as log,
+        termination_requests() as asked_to_stop,
+    ):
+        return run.to_the_end(log, asked_to_stop)
 
 
 class _Run:
@@ -123,6 +127,7 @@ class _Run:
             self.inclusion = inclusion_probabilities(self.token_counts, training.sampled_words).to(self.device)
         self.about = "~" if training.sampled_words else ""  # marks an estimate
         self.state: State | None = None
+        self.gradient_norm = 0.0  # of the last step, before it was shortened
         self.position = Position(precision=choose_precision(training.precision, model, self.device))
         if checkpoint:
             self._restore(checkpoint)
@@ -131,7 +136,7 @@ class _Run:
     def steps(self) -> int:
         return self.config.training.epochs * self.batches.steps
 
-    def to_the_end(self, log: RunLog) -> TrainingResult:
+    def to_the_end(self, log: RunLog, asked_to_stop: Callable[[], bool]) -> TrainingResult:
         position, training = self.position, self.config.training
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         console.print(
@@ -140,7 +145,7 @@ class _Run:
         )
         while position.step < self.steps and not self._has_stalled():
             epoch = position.step // self.batches.steps
-            record = self._train_epoch(epoch, log)
+            record = self._train_epoch(epoch, log, asked_to_stop)
             record |= self._validate()
             log.write(record)
             gained = position.epochs_without_gain == 0
@@ -154,7 +159,7 @@ class _Run:
         log.summarize(best | {"steps": position.step, "seconds": position.seconds})
         return TrainingResult(find_checkpoint(self.folder), position.best_loss, position.step, position.seconds)
 
-    def _train_epoch(self, epoch: int, log: RunLog) -> dict[str, Any]:
+    def _train_epoch(self, epoch: int, log: RunLog, asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
         position, training = self.position, self.config.training
         first = position.step - epoch * self.batches.steps
         if first == 0:
@@ -170,9 +175,15 @@ class _Run:
                 position.step += 1
                 position.seconds = before + time.perf_counter() - started
                 progress.advance(tokens_a_step, f"train perplexity {self.about}{perplexity(total / done):.1f}")
-                if training.save_steps and done < self.batches.steps - first and position.step % training.save_steps == 0:
-                    log.write({"step": position.step, "train/loss": loss})
+                is_last = done == self.batches.steps - first
+                if training.save_steps and not is_last and position.step % training.save_steps == 0:
+                    log.write({"step": position.step, "train/loss": loss, "train/gradient_norm": self.gradient_norm})
                     self._save(is_best=False)
+                if asked_to_stop() and not is_last:
+                    self._save(is_best=False)
+                    raise Terminated(
+                        f"stopped by SIGTERM at step {position.step:,} of {self.steps:,}, saved; go on with --resume"
+                    )
         seconds = time.perf_counter() - started
         return {
             "step": position.step,
@@ -181,14 +192,16 @@ class _Run:
             "train/perplexity": perplexity(total / done),
             "train/tokens_per_second": done * tokens_a_step / seconds,
             "train/learning_rate": learning_rate(position.step - 1, self.steps, training),
+            "train/gradient_norm": self.gradient_norm,
         }
 
     def _check_finite(self, loss: float, what: str) -> None:
         if not math.isfinite(loss):
             rate = learning_rate(self.position.step, self.steps, self.config.training)
             raise ConfigError(
-                f"training diverged at step {self.position.step}: the {what} is {loss} at learning rate {rate:.2g}; start "
-                f"again in another run.folder with a lower training.learning_rate or training.gradient_norm"
+                f"training diverged at step {self.position.step}: the {what} is {loss} at learning rate {rate:.2g}, after a "
+                f"gradient of norm {self.gradient_norm:.2g}; start again in another run.folder with a lower "
+                f"training.learning_rate or training.gradient_norm"
             )
 
     def _step(self, inputs: np.ndarray, targets: np.ndarray) -> float:
@@ -206,8 +219,8 @@ class _Run:
         ((loss + output.penalty) * scale).backward()
         if scale != 1:
             torch._foreach_div_([weight.grad for weight in self.model.parameters() if weight.grad is not None], scale)
-        if training.gradient_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_norm)
+        longest = training.gradient_norm or math.inf
+        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), longest))
         self.optimizer.step()
         self.state = output.state
         return float(loss.detach())

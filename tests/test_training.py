@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,6 +89,27 @@ def test_a_killed_run_goes_on(options: Options, tmp_path: Path) -> None:
     assert process.wait() == -signal.SIGKILL
     assert commands.train(options(killed, *arguments, "--resume")) == 0
     assert_same_weights(whole, killed)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(options: Options, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    arguments = ["--training.epochs", "8", "--training.save_steps", "20"]
+    command = [sys.executable, "train.py", *options(stopped, *arguments)]
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (stopped / "checkpoint.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    error = process.communicate()[1].strip().splitlines()[-1]
+    assert process.returncode == 143
+    found = re.fullmatch(r"error: stopped by SIGTERM at step ([\d,]+) of 544, saved; go on with --resume", error)
+    assert found is not None
+    assert find_checkpoint(stopped, "last").name == f"step-{int(found[1].replace(',', '')):06d}"
+    assert commands.train(options(whole, *arguments)) == 0
+    assert commands.train(options(stopped, *arguments, "--resume", "auto")) == 0
+    assert_same_weights(whole, stopped)
 
 
 def test_a_finished_run_stays_as_it_is(options: Options, trained_run: Path, tmp_path: Path) -> None:
