@@ -40,7 +40,7 @@ from mbpa_lm.progress import console, token_progress
 from mbpa_lm.remember import Text
 from mbpa_lm.scales import fill_in, mean_squared_norm
 
-NEIGHBOURS_SHARE = 64
+NEIGHBOURS_SHARE = 128
 """Where memory is limited, one part in so many is for the keys of a chunk's neighbours, of which there are several copies."""
 
 

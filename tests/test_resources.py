@@ -13,7 +13,7 @@ from mbpa_lm.resources import chunk_length
     ("resident_gib", "neighbours", "wanted", "expected"),
     [
         (0.0, 256, 256, 256),  # no limit
-        (1.0, 256, 256, (1 << 24) // (4 * 400 * 256)),  # a 64th of a GiB holds the keys of 40 positions
+        (1.0, 256, 256, (1 << 23) // (4 * 400 * 256)),  # a 128th of a GiB holds the keys of 20 positions
         (1.0, 256, 10, 10),  # fewer were asked for
         (1.0, 0, 256, 256),  # nobody searches
         (1e-6, 256, 256, 1),

@@ -8,6 +8,7 @@ Dimensions: `N` entries, `d` hidden size, `c` likely words.
 
 import io
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from mbpa_lm.memory.datastore.manifest import Layout
 BLOCK = 1 << 16
 READ_AT_ONCE = 1 << 23
 """Bytes that are read at once where a whole file is."""
+GIVES_BACK_EVERY = 0.5
+"""Seconds."""
 KeysOfIndex = Callable[[np.ndarray], np.ndarray]
 STORED_AS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -98,6 +101,7 @@ class EntryFiles:
         self._folder, self._count = folder, count
         self._keys_from, self._keys_of_index = keys_from, keys_of_index
         self._maps = self._mapped()
+        self._gave_back = 0.0  # when, on the monotonic clock
         self._open: dict[str, io.FileIO] = {}
         self._checksums: dict[str, BlockChecksums] = {}  # of all acknowledged rows; made when something is first written
         self._appended: dict[str, BlockChecksums] = {}  # with the rows that are not acknowledged yet
@@ -209,8 +213,14 @@ class EntryFiles:
         """Show the rows that were appended: a manifest counts them now."""
         self._checksums, self._appended, self._count = self._appended, {}, count
         self._maps = self._mapped()
-        if self.memory_limit and resident_bytes() > self.memory_limit * 3 // 4:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Where the limit of resident memory is near, have freed memory given back; now and then, since it takes a while."""
+        now = time.monotonic()
+        if self.memory_limit and now > self._gave_back + GIVES_BACK_EVERY and resident_bytes() > self.memory_limit * 3 // 4:
             release_freed_memory()
+            self._gave_back = now
 
     def give_up_keys(self, keys_from: int) -> None:
         """Keep no key of the rows before; a manifest says so already. Raises OSError where the file cannot be replaced."""

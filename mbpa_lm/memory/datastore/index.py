@@ -130,12 +130,15 @@ def write_index(index: Any, path: Path) -> None:
         raise DatastoreError(f"{path} could not be written: {reason(error)}; free some space and try again") from None
 
 
-def read_index(path: Path, record: IndexRecord, hidden_size: int) -> Any:
-    """Read an index; raises DatastoreError where it cannot be, or is not the one that is recorded."""
+def read_index(path: Path, record: IndexRecord, hidden_size: int, frugal: bool = False) -> Any:
+    """Read an index; raises DatastoreError where it cannot be, or is not the one that is recorded.
+
+    Args: frugal: without the tables that speed up an ivf_pq, 1 kB for each cell and byte of a code.
+    """
     try:
         if path.is_symlink():
             raise RuntimeError("it is a link")
-        index = faiss.read_index(str(path))
+        index = faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE if frugal else 0)
         if (index.d, index.ntotal) != (hidden_size, record.entries) or not _is_plain(index, record.kind):
             raise RuntimeError("it is another index than was recorded")
         return index

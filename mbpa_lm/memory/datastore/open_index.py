@@ -28,7 +28,8 @@ class OpenIndex:
         """Read it from a datastore's folder; raises DatastoreError where it is damaged, too large, or not for GPUs."""
         indexes.check_gpus(record.kind, gpus)
         check_fits(folder, record.kind, record.entries, layout, memory_limit)
-        return cls(indexes.read_index(folder / record.file, record, layout.hidden_size), record, gpus)
+        index = indexes.read_index(folder / record.file, record, layout.hidden_size, frugal=bool(memory_limit))
+        return cls(index, record, gpus)
 
     def candidates(self, queries_Cd: np.ndarray, count: int) -> np.ndarray:
         """Return rows (C, n) among which the nearest `count` are to be sought, -1 for none."""

@@ -185,7 +185,9 @@ class Datastore:
 
     def search(self, queries_Cd: Tensor, count: int) -> Neighbours:
         """See `EntryStore.search`; how many of the nearest an approximate index finds is in `manifest.index.recall`."""
-        return nearest_entries(self._files, self.candidates(queries_Cd, count), queries_Cd, count)
+        found = nearest_entries(self._files, self.candidates(queries_Cd, count), queries_Cd, count)
+        self._files.give_back()
+        return found
 
     def candidates(self, queries_Cd: Tensor, count: int) -> Tensor:
         """Return rows (C, n) that hold the nearest entries and some more, -1 where there are fewer; no entry is read for it."""
