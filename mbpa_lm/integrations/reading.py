@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mbpa_lm.adaptation.likely_words import likely_words
-from mbpa_lm.adaptation.problem import at_least_single, normalize
+from mbpa_lm.adaptation.likely_words import likely_words_of_logits
 from mbpa_lm.integrations.memory import Memory
 from mbpa_lm.memory.base import Entries
 
@@ -87,8 +86,9 @@ class RowReader:
                 values = torch.cat([values, values.new_zeros(1)])
             if bool(stored.any()):
                 logits = piece.logits_kV[first - begin : last - begin] if are_wanted else layer.logits(keys)
-                base, log_partitions = normalize(at_least_single(logits))
-                entries = Entries(keys, values, log_partitions, *likely_words(base, self._memory.config.likely_words))
+                count = self._memory.config.likely_words
+                words, probabilities, log_partitions = likely_words_of_logits(logits, count)
+                entries = Entries(keys, values, log_partitions, words, probabilities)
             else:
                 entries = self._memory.only_keys(keys, values)
             if is_last:

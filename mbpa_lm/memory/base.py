@@ -102,6 +102,27 @@ def nearest_of(found: Sequence[Neighbours], count: int) -> Neighbours:
     return Neighbours(Entries(*entries), squared_distances, positions).at(newest_first.gather(1, nearest_first))
 
 
+def nearest_of_two(older: Neighbours, newer: Neighbours, count: int) -> Neighbours:
+    """Do what `nearest_of` does for two searches, each nearest first, of which the second knows only newer entries."""
+    both = torch.cat([newer.squared_distances, older.squared_distances], dim=1)  # the newer first among equals
+    squared_distances, columns = both.sort(dim=1, stable=True)
+    columns, of_newer = columns[:, :count], newer.squared_distances.shape[1]
+    is_newer = columns < of_newer
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    of_older = older.squared_distances.shape[1]
+    from_older = (rows * of_older + (columns - of_newer).clamp(min=0)).flatten()
+    to_newer = is_newer.flatten().nonzero()[:, 0]
+    from_newer = (rows * of_newer + columns).flatten()[to_newer]
+
+    def merged(old: Tensor, new: Tensor) -> Tensor:
+        found = old.flatten(0, 1).index_select(0, from_older).to(new.dtype)
+        found[to_newer] = new.flatten(0, 1).index_select(0, from_newer)
+        return found.view(*columns.shape, *old.shape[2:])
+
+    entries = (merged(*parts) for parts in zip(older.entries.tensors(), newer.entries.tensors(), strict=True))
+    return Neighbours(Entries(*entries), squared_distances[:, :count], merged(older.positions, newer.positions))
+
+
 class EntryStore(Protocol):
     """Entries that are there before the stream begins, and stay as they are while it is read."""
 

@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from mbpa_lm.memory.base import Entries, EntryStore, Memory, Neighbours, SearchesAhead, nearest_of
+from mbpa_lm.memory.base import Entries, EntryStore, Memory, Neighbours, SearchesAhead, nearest_of, nearest_of_two
 
 REFINED = 4
 
@@ -74,8 +74,11 @@ class CompositeMemory:
     ) -> Neighbours:
         """See `Memory.read_and_write`."""
         known = self._known(entries.keys, count)
+        if stored is not None and not len(self._stream) and not bool(stored.any()):
+            types = (tensor.dtype for tensor in entries.tensors())
+            return replace(known, entries=Entries(*(map(torch.Tensor.to, known.entries.tensors(), types))))
         recent = self._stream.read_and_write(entries, count, products, stored)
-        return nearest_of([known, recent.later(len(self._store))], count)
+        return nearest_of_two(known, recent.later(len(self._store)), count)
 
     def _known(self, queries_Cd: Tensor, count: int) -> Neighbours:
         if self._metric_d is None:

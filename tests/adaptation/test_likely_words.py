@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbpa_lm.adaptation.likely_words import likely_words
+from mbpa_lm.adaptation.likely_words import likely_words, likely_words_of_logits
 
 ROWS = {
     "random": lambda shape, generator: torch.randn(shape, generator=generator, dtype=torch.float64),
@@ -70,3 +70,18 @@ def test_nan_gives_words_of_the_vocabulary_all_the_same(V: int, count: int, dtyp
     words, _ = likely_words(numbers, count)
     assert words.shape == (5, count)
     assert bool(((words >= 0) & (words < V)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.0, 60.0, -400.0])
+@pytest.mark.parametrize("size", [7, 96, 5000])
+def test_logits_give_the_same_without_being_normalized(dtype: torch.dtype, shift: float, size: int) -> None:
+    logits = (4 * torch.randn(9, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64) + shift).to(dtype)
+    words, probabilities, log_partitions = likely_words_of_logits(logits, 7)
+    expected = logits.double().log_softmax(-1)
+    accuracy = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(log_partitions.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=accuracy)
+    torch.testing.assert_close(probabilities.double(), expected.gather(1, words.long()).exp(), rtol=1e-3, atol=accuracy)
+    torch.testing.assert_close(
+        probabilities.double().sort(1).values, expected.topk(7).values.exp().sort(1).values, rtol=1e-3, atol=accuracy
+    )

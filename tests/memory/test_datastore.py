@@ -1,13 +1,15 @@
 """The datastore on disk: what it finds, and through which index."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mbpa_lm.errors import DatastoreError
 from mbpa_lm.memory.base import Entries
-from mbpa_lm.memory.datastore.index import choose_cells, choose_kind
+from mbpa_lm.memory.datastore.cells import Cells
+from mbpa_lm.memory.datastore.index import choose_cells, choose_kind, train_index
 from mbpa_lm.memory.datastore.manifest import Layout, Source
 from mbpa_lm.memory.datastore.store import Datastore
 from tests.memory.stores import IDENTITY, LIKELY, D, all_entries, assert_finds_the_nearest, entries_from, make, queries
@@ -38,6 +40,19 @@ def test_nothing_is_found_in_an_empty_one(tmp_path: Path) -> None:
     assert (found.positions == -1).all()
     assert found.squared_distances.isinf().all()
     assert found.entries.keys.shape == (2, 3, D)
+
+
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
+@pytest.mark.parametrize("count", [1, 30])
+def test_cells_are_searched_as_faiss_searches_them(kind: Any, count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, asked = torch.randn(12_000, 16, generator=generator).numpy(), torch.randn(count, 16, generator=generator).numpy()
+    index = train_index(kind, keys, 50, lambda step: None)
+    index.add(keys)
+    for cells in (1, 7, 60):  # more than there are, at last
+        index.nprobe = min(cells, 50)
+        expected, found = index.search(asked, 20)[1], Cells.of(index).search(asked, 20, cells)
+        assert (found == expected).mean() > 0.99  # two ways to round
 
 
 @pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq", "hnsw"])

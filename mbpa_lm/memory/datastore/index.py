@@ -108,7 +108,7 @@ def set_effort(index: Any, kind: IndexKind, effort: int) -> None:
 
 def first_effort(kind: IndexKind) -> int:
     """Return the least effort that is tried."""
-    return 8 if kind in WITH_CELLS else 64
+    return 2 if kind in WITH_CELLS else 64
 
 
 def most_effort(kind: IndexKind, cells: int, entries: int) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mbpa_lm.errors import DatastoreError
 from mbpa_lm.memory.datastore import index as indexes
+from mbpa_lm.memory.datastore.cells import Cells
 from mbpa_lm.memory.datastore.manifest import IndexKind, IndexRecord, Layout
 
 
@@ -22,6 +23,9 @@ class OpenIndex:
         self.record = record
         self.searched = indexes.to_gpus(index, gpus)
         self._on_cpu = index
+        self._cells: Cells | None = None
+        if record.kind in indexes.WITH_CELLS and self.searched is index:
+            self._cells = Cells.of(index)
 
     @classmethod
     def read(cls, folder: Path, record: IndexRecord, layout: Layout, memory_limit: int, gpus: indexes.Gpus) -> "OpenIndex":
@@ -33,7 +37,11 @@ class OpenIndex:
 
     def candidates(self, queries_Cd: np.ndarray, count: int) -> np.ndarray:
         """Return rows (C, n) among which the nearest `count` are to be sought, -1 for none."""
-        rows = self.searched.search(queries_Cd, indexes.candidates(self.record.kind, count))[1]
+        wanted = indexes.candidates(self.record.kind, count)
+        if self._cells is None:
+            rows = self.searched.search(queries_Cd, wanted)[1]
+        else:
+            rows = self._cells.search(queries_Cd, wanted, self.record.search["effort"])
         return np.where(rows < self.record.entries, rows, -1)
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
