@@ -139,7 +139,8 @@ class Adapter:
                 f"called from two threads; compile it inside the block, and call it from one thread"
             )
         self._texts.columns = call.first_column + hidden_states.shape[1]
-        cache = output.get("cache") if hasattr(output, "get") else None
+        parts = output.values() if hasattr(output, "values") else output
+        cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
         if cache is not None:
             self._by_cache[cache] = self._texts
         named = call.named

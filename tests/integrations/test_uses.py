@@ -34,16 +34,18 @@ def logits_and_entries(model: Any, call: Any) -> tuple[torch.Tensor, int]:
     return found, len(memory)
 
 
+@pytest.mark.parametrize("return_dict", [True, False])
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_what_was_read_before_is_known_by_either_name(name: str, models: Path) -> None:
+def test_what_was_read_before_is_known_by_either_name(name: str, return_dict: bool, models: Path) -> None:
     model = load("llama", models)
     whole, entries = logits_and_entries(model, lambda: model(TEXT).logits)
 
     def step_by_step() -> torch.Tensor:
-        output = model(TEXT[:, :41], use_cache=True)
-        logits = [output.logits]
+        first, cache = model(TEXT[:, :41], use_cache=True, return_dict=False)[:2]
+        logits = [first]
         for place in range(41, TEXT.shape[1]):
-            logits.append(model(TEXT[:, place : place + 1], use_cache=True, **{name: output.cache}).logits)
+            output = model(TEXT[:, place : place + 1], use_cache=True, return_dict=return_dict, **{name: cache})
+            logits.append(output.logits if return_dict else output[0])
         return torch.cat(logits, dim=1)
 
     found, found_entries = logits_and_entries(model, step_by_step)
