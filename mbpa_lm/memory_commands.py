@@ -1,5 +1,6 @@
 """`mbpa-memory`: datastores made, added to, looked at, checked, joined and copied out, from the command line."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def _remember(command: str, description: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=str, help="Folder of the memory (required).")
     training = " (required)." if command == "add" else "; the training text where it is left out."
     parser.add_argument("--text", type=str, help=f"Text file, or folder of files{training}")
-    names_model = [f"{argument}.pretrained" if argument == "--model" else argument for argument in arguments]
+    names_model = [re.sub("^--model(=|$)", r"--model.pretrained\1", argument) for argument in arguments]
     config, options = parse(parser, names_model)
     check_one_model(config, options)
     checkpoint = [] if config.model.pretrained else ["checkpoint"]

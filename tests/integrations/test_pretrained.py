@@ -95,9 +95,11 @@ def test_a_memory_of_documents_is_built_for_a_pretrained_model_and_loaded(
 ) -> None:
     folder, output = pretrained("llama"), tmp_path / "memory"
     (tmp_path / "more.txt").write_text((corpus / "valid.txt").read_text())
-    named = ("--model.pretrained", str(folder), "--output", str(output), "--text")
-    assert memory_command(["build", *options(tmp_path / "run", *named, str(corpus / "test.txt"))]) == 0
-    assert memory_command(["add", *options(tmp_path / "run", *named, str(tmp_path / "more.txt"))]) == 0
+    into = ("--output", str(output), "--text")
+    named = ("--model", str(folder), *into, str(corpus / "test.txt"))  # short for --model.pretrained
+    assert memory_command(["build", *options(tmp_path / "run", *named)]) == 0
+    named = (f"--model={folder}", *into, str(tmp_path / "more.txt"))
+    assert memory_command(["add", *options(tmp_path / "run", *named)]) == 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     memory = mbpa_lm.Memory.load(output, model, tokenizer)
     texts = [(corpus / f"{split}.txt").read_text() for split in ("test", "valid")]
