@@ -62,9 +62,8 @@ def adapt(model: Any, memory: Memory, write: Write = "prompts") -> Iterator["Ada
             hook.remove()
 
 
-def _by_name(model: Any, inputs: tuple[Any, ...], positional_and_named: dict[str, Any]) -> dict[str, Any]:
+def _by_name(signature: inspect.Signature, inputs: tuple[Any, ...], positional_and_named: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by their names."""
-    signature = inspect.signature(model.forward)
     named = dict(signature.bind_partial(*inputs, **positional_and_named).arguments)
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -96,7 +95,7 @@ class Adapter:
 
     def __init__(self, model: Any, memory: Memory, write: Write) -> None:
         self._model, self._memory, self.write = model, memory, write
-        self._generate = model.generate
+        self._generate, self._signature = model.generate, inspect.signature(model.forward)
         self._generation: Generation | None = None
         self._call: _Call | None = None
         self._hidden_states_BTd: Tensor | None = None
@@ -105,7 +104,7 @@ class Adapter:
 
     def before(self, model: Any, inputs: tuple[Any, ...], positional_and_named: dict[str, Any]) -> None:
         """Note what is about to be read."""
-        named = _by_name(model, inputs, positional_and_named)
+        named = _by_name(self._signature, inputs, positional_and_named)
         tokens = named.get("input_ids")
         if tokens is None and self.write != "nothing":
             raise ModelError("inputs_embeds has no tokens that could be remembered; adapt(..., write='nothing') reads them")
