@@ -175,12 +175,14 @@ class _Run:
                 position.step += 1
                 position.seconds = before + time.perf_counter() - started
                 progress.advance(tokens_a_step, f"train perplexity {self.about}{perplexity(total / done):.1f}")
-                is_last = done == self.batches.steps - first
-                if training.save_steps and not is_last and position.step % training.save_steps == 0:
+                if done == self.batches.steps - first:
+                    break  # it is saved when it has been validated
+                is_due, stops = bool(training.save_steps) and position.step % training.save_steps == 0, asked_to_stop()
+                if is_due:
                     log.write({"step": position.step, "train/loss": loss, "train/gradient_norm": self.gradient_norm})
+                if is_due or stops:  # once: a second save of a step would first remove the one that is pointed to
                     self._save(is_best=False)
-                if asked_to_stop() and not is_last:
-                    self._save(is_best=False)
+                if stops:
                     raise Terminated(
                         f"stopped by SIGTERM at step {position.step:,} of {self.steps:,}, saved; go on with --resume"
                     )

@@ -112,6 +112,27 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(options: Options, tmp_pat
     assert_same_weights(whole, stopped)
 
 
+def test_a_step_is_saved_once_where_it_is_due_and_the_last(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, save, step = [], training._Run._save, training._Run._step
+
+    def note(run: training._Run, is_best: bool) -> None:
+        saved.append(run.position.step)
+        save(run, is_best)
+
+    def terminate(run: training._Run, *batch: object) -> float:
+        if run.position.step == 13:
+            signal.raise_signal(signal.SIGTERM)
+        return step(run, *batch)
+
+    monkeypatch.setattr(training._Run, "_save", note)
+    monkeypatch.setattr(training._Run, "_step", terminate)
+    assert commands.train(options(tmp_path / "run", "--training.save_steps", "7")) == 143
+    assert "stopped by SIGTERM at step 14 of 136, saved; go on with --resume" in capsys.readouterr().err
+    assert saved == [7, 14]
+
+
 def test_a_finished_run_stays_as_it_is(options: Options, trained_run: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -19,8 +19,7 @@ PART = 1024
 
 def likely_words(log_probabilities_CV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the likeliest words (C, c) int32, in any order, and their probabilities (C, c)."""
-    if count > log_probabilities_CV.shape[1]:
-        raise ValueError(f"{count} likely words of a vocabulary of {log_probabilities_CV.shape[1]}")
+    _check_count(count, log_probabilities_CV)
     words_Cc, log_probabilities_Cc = largest(log_probabilities_CV, count)
     return words_Cc, log_probabilities_Cc.exp_()
 
@@ -30,11 +29,17 @@ def likely_words_of_logits(logits_CV: Tensor, count: int) -> tuple[Tensor, Tenso
     if logits_CV.dtype != torch.float32 or not can_take(logits_CV):
         log_probabilities_CV, log_partitions_C = normalize(at_least_single(logits_CV))
         return *likely_words(log_probabilities_CV, count), log_partitions_C
+    _check_count(count, logits_CV)
     words_Cc = torch.empty(len(logits_CV), count, dtype=torch.int32)
     log_partitions_C = torch.empty(len(logits_CV))
     _fill_in(logits_CV.contiguous().numpy(), words_Cc.numpy(), log_partitions_C.numpy())
     chosen_Cc = logits_CV.gather(1, words_Cc.long())
     return words_Cc, (chosen_Cc - log_partitions_C[:, None]).exp_(), log_partitions_C
+
+
+def _check_count(count: int, numbers_CV: Tensor) -> None:
+    if count > numbers_CV.shape[1]:
+        raise ValueError(f"{count} likely words of a vocabulary of {numbers_CV.shape[1]}")
 
 
 @compiled_loop
