@@ -62,7 +62,7 @@ class Checkpoint:
 def save_checkpoint(
     config: Config,
     step: int,
-    model: Model,
+    weights: dict[str, Tensor],
     tokenizer: Tokenizer,
     token_counts: Tensor,
     corpus: dict[str, str],
@@ -71,7 +71,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint and point to it; older ones that nothing points to are removed.
 
-    Raises CheckpointError where it cannot be written; the previous checkpoint is then untouched.
+    `weights` are those of the model under the names that `distinct_weights` gives. Raises CheckpointError where it cannot be
+    written; the previous checkpoint is then untouched.
     """
     run_folder = Path(config.run.folder)
     target = run_folder / "checkpoints" / f"step-{step:06d}"
@@ -81,7 +82,7 @@ def save_checkpoint(
         temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target.parent))
         temporary.chmod(0o755)  # a checkpoint is for others to read too
         try:
-            save_file({**_distinct_weights(model), COUNTS: token_counts}, temporary / "model.safetensors")
+            save_file({**weights, COUNTS: token_counts}, temporary / "model.safetensors")
             save_file(position.tensors, temporary / "training.safetensors")
             write_json(temporary / "training.json", position.values)
             (temporary / "tokenizer").mkdir()
@@ -213,8 +214,8 @@ def _read_pointers(run_folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{run_folder / POINTER} cannot be read: {error}") from None
 
 
-def _distinct_weights(model: Model) -> dict[str, Tensor]:
-    """State of the model with every shared tensor once, under its first name."""
+def distinct_weights(model: Model) -> dict[str, Tensor]:
+    """Return the state of a model with every shared tensor once, under its first name."""
     distinct: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
@@ -225,7 +226,7 @@ def _distinct_weights(model: Model) -> dict[str, Tensor]:
 
 
 def _load_weights(model: Model, tensors: dict[str, Tensor]) -> None:
-    expected = _distinct_weights(model)
+    expected = distinct_weights(model)
     if expected.keys() != tensors.keys():
         names = sorted(expected.keys() ^ tensors.keys())
         raise CheckpointError(f"the weights are of another model: {names[0]} is in one and not in the other")

@@ -1,4 +1,4 @@
-"""The command lines: parse, call, report. What they do is in training.py and evaluation.py."""
+"""The command lines: parse, call, report. What they do is in training/ and evaluation.py."""
 
 import os
 import sys
@@ -30,11 +30,12 @@ def _train(arguments: Sequence[str]) -> None:
     config, options = parse(parser, arguments)
     prepare_machine(config)
     from mbpa_lm.metrics import perplexity
+    from mbpa_lm.progress import console
     from mbpa_lm.training import train
 
     result = train(config, options["resume"] is not None)
     best, minutes = perplexity(result.best_validation_loss), result.seconds / 60
-    print(f"best checkpoint: {result.checkpoint}, validation perplexity {best:.2f}, {minutes:.1f} min of training")
+    console.print(f"best checkpoint: {result.checkpoint}, validation perplexity {best:.2f}, {minutes:.1f} min of training")
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:

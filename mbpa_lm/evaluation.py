@@ -68,8 +68,7 @@ def evaluate(config: Config, checkpoint_path: Path | None, tune_first: bool = Fa
     slow_weights = make_slow_weights(config, checkpoint, experts)
     metric = None if tuned is None else tuned.metric_tensor()
     _load_compiled_loops(config, checkpoint, stream, metric)
-    tracking = config.tracking
-    log_of_run = RunLog(Path(config.run.folder), tracking.mode, tracking.project, "evaluate", asdict(config))
+    log_of_run = RunLog(Path(config.run.folder), config.tracking, "evaluate", asdict(config))
     with ExitStack() as closing, log_of_run as log:
         memory = make_memory(config, checkpoint, metric, closing)
         remembered_before, read_by = len(memory), knows(config, fingerprint)
@@ -244,4 +243,11 @@ def _log_metrics(log: RunLog, metrics: dict[str, Any]) -> None:
     curves = {name: values["along_stream"] for name, values in metrics["experts"].items()}
     for segment in range(len(curves["base"])):
         log.write({"step": segment, **{f"stream/{name}": parts[segment]["perplexity"] for name, parts in curves.items()}})
+    experts = metrics["experts"]
+    rows = [[name, *(values[key] for key in shown)] for name, values in experts.items()]
+    log.show_table("experts", ["expert", *shown], rows)
+    for measure in (name for name in experts["base"] if name.startswith("by_")):
+        groups = list(experts["base"][measure])
+        perplexities = [[name, *(values[measure][group]["perplexity"] for group in groups)] for name, values in experts.items()]
+        log.show_table(measure, ["expert", *groups], perplexities)
     log.summarize(final)

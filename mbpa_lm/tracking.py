@@ -3,12 +3,13 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mbpa_lm.config import TrackingConfig
 from mbpa_lm.errors import RunFolderError, reason
 from mbpa_lm.progress import console
 
@@ -21,17 +22,21 @@ class RunLog:
     A tracker that fails is reported once and left alone; it never stops the run.
     """
 
-    def __init__(self, folder: Path, mode: str, project: str, job: str, config: Mapping[str, Any]) -> None:
-        self._path = folder / LOG_FILE
+    def __init__(
+        self, folder: Path, tracking: TrackingConfig, job: str, config: Mapping[str, Any], silent: bool = False
+    ) -> None:
+        """Open the log of a `job`; a `silent` one writes nowhere, for processes that leave that to the first."""
+        self._path = Path(os.devnull) if silent else folder / LOG_FILE
+        self._artifacts = tracking.artifacts
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise RunFolderError(f"run.folder {folder} cannot be written: {reason(error)}; name another folder") from None
         self._wandb: Any = None
-        mode = _resolve(mode)
-        if mode != "disabled":
-            self._wandb = _start_wandb(folder, mode, project, job, config)
+        mode = _resolve(tracking.mode)
+        if mode != "disabled" and not silent:
+            self._wandb = _start_wandb(folder, mode, tracking.project, job, config)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one record of plain values; `step` in it orders the curves on Weights & Biases."""
@@ -53,6 +58,30 @@ class RunLog:
             run.log({f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()})
 
         self._send(message)
+
+    def show_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table to Weights & Biases."""
+
+        def message(run: Any) -> None:
+            import wandb
+
+            run.log({f"tables/{name}": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+        if self._artifacts:
+            self._send(message)
+
+    def keep_checkpoint(self, folder: Path, alias: str) -> None:
+        """Keep a checkpoint as an artifact of the run on Weights & Biases; the same files are kept once."""
+
+        def message(run: Any) -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"{run.id}-checkpoint", type="model", metadata={"folder": str(folder)})
+            artifact.add_dir(str(folder))
+            run.log_artifact(artifact, aliases=[alias])
+
+        if self._artifacts:
+            self._send(message)
 
     def close(self) -> None:
         with suppress(OSError):  # a full disk; `write` has already said so

@@ -83,6 +83,13 @@ class TrackingConfig:
     """Weights & Biases; auto is online when you are logged in and offline otherwise."""
     project: str = "mbpa_lm"
     """Project on Weights & Biases."""
+    log_steps: int = 100
+    """Training steps between two points of the learning curves, in log.jsonl and on Weights & Biases."""
+    artifacts: bool = True
+    """Whether Weights & Biases keeps the best and the last checkpoint, and the tables of an evaluation."""
+
+    def __post_init__(self) -> None:
+        require_positive("tracking", self, "log_steps")
 
 
 @dataclass(frozen=True)

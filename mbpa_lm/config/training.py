@@ -166,6 +166,10 @@ class TrainingConfig:
     sampled_words: int = 0
     """Words that the training loss draws, on average, to estimate the softmax's sum; fewer is faster. 0: the whole
     vocabulary. Validation and evaluation always use the whole."""
+    hebbian_limit: int = 0
+    """Hebbian softmax: occurrences up to which a word's output row moves towards the hidden states before it; 0: off."""
+    hebbian_floor: float = 0.0
+    """Hebbian softmax: least share of the hidden states in such a move (gamma); their running mean asks for 1 / occurrences."""
     patience: int = 0
     """Epochs without a better validation loss before training stops; 0: never."""
     save_steps: int = 0
@@ -176,5 +180,5 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         require_positive("training", self, "epochs", "batch_size", "sequence_length", "learning_rate", "validation_rows")
         require_not_negative("training", self, "weight_decay", "gradient_norm", "patience", "save_steps", "sampled_words")
-        require_not_negative("training", self, "averaging_patience")
-        require_probability("training", self, "warmup_fraction")
+        require_not_negative("training", self, "averaging_patience", "hebbian_limit")
+        require_probability("training", self, "warmup_fraction", "hebbian_floor")

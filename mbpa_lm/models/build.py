@@ -1,5 +1,7 @@
 """A model from its configuration."""
 
+from collections.abc import Collection
+
 from mbpa_lm.config import ModelConfig
 from mbpa_lm.errors import ConfigError
 from mbpa_lm.models.lstm import LSTMLanguageModel
@@ -25,3 +27,9 @@ def build_model(config: ModelConfig, vocabulary_size: int) -> Model:
     if config.kind == "transformer":
         return TransformerLanguageModel.build(config, vocabulary_size)
     raise ConfigError(f"model.kind {config.kind!r} is none of lstm, transformer")
+
+
+def blocks_of(model: Model) -> Collection[str]:
+    """Return the names of the classes of a model's repeated blocks, each of which is best kept in one piece."""
+    names: Collection[str] = getattr(getattr(model, "causal_lm", None), "_no_split_modules", None) or ()
+    return names

@@ -24,6 +24,9 @@ class LSTMLanguageModel(nn.Module):
 
     carries_state_in_training = True
 
+    share: tuple[int, int] = (0, 1)
+    """Which of how many equal groups of a batch's sequences this process reads: masks are drawn for the sequences of all."""
+
     def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
         embedding_size = config.embedding_size or config.hidden_size
@@ -68,7 +71,10 @@ class LSTMLanguageModel(nn.Module):
     def _drop_units(self, hidden: Tensor, drop: float) -> Tensor:
         if not self.training or drop == 0:
             return hidden
-        return hidden * _mask((1, *hidden.shape[1:]), drop, hidden)
+        group, groups = self.share
+        sequences, units = hidden.shape[1:]
+        masks = _mask((1, groups * sequences, units), drop, hidden)
+        return hidden * masks[:, group * sequences : (group + 1) * sequences]
 
     def _run_layer(
         self, layer: nn.Module, hidden: Tensor, state: tuple[Tensor, Tensor] | None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, AdamW, Optimizer
 
 from mbpa_lm.config import TrainingConfig
+from mbpa_lm.training.processes import sharded_like
 
 NOT_YET = 10**12
 """Step at which ASGD would start to average if validation never stopped improving."""
@@ -83,9 +84,8 @@ def averaged_weights(optimizer: Optimizer) -> Iterator[None]:
                 parameter.copy_(weights)
 
 
-def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state into named tensors and plain values."""
-    state = optimizer.state_dict()
+def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state dictionary into named tensors and plain values."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for index, entries in state["state"].items():
@@ -95,15 +95,23 @@ def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, A
     return tensors, {"values": values, "groups": state["param_groups"]}
 
 
-def unpack_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """Put back what `pack_optimizer` returned; raises ValueError or KeyError where it fits another model."""
+def join_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
+    """Return the state dictionary that `split_state` split; raises KeyError or ValueError where it is none."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **plain["values"]}.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        entries = state.get(index, {})
+    return {"state": state, "param_groups": plain["groups"]}
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer a state dictionary of whole tensors; raises ValueError where it is of another model."""
+    for index, weight in enumerate(optimizer.param_groups[0]["params"]):
+        entries = state["state"].get(index, {})
         moments = entries.get("exp_avg", entries.get("ax"))
-        if moments is not None and moments.shape != parameter.shape:
-            raise ValueError(f"a moment of shape {tuple(moments.shape)} for a weight of {tuple(parameter.shape)}")
-    optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
+        if moments is not None and moments.shape != weight.shape:
+            raise ValueError(f"a moment of shape {tuple(moments.shape)} for a weight of {tuple(weight.shape)}")
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                entries[name] = sharded_like(value, weight)
+    optimizer.load_state_dict(state)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mbpa_lm import commands, training
+from mbpa_lm import commands
 from mbpa_lm.checkpoint import find_checkpoint, load_checkpoint
+from mbpa_lm.training.run import TrainingRun
 from tests.conftest import GPT2
 
 Options = Callable[..., list[str]]
@@ -23,6 +24,7 @@ Options = Callable[..., list[str]]
 RECIPES: dict[str, list[str]] = {
     "lstm": ["--model.weight_dropout", "0.2", "--model.activation_penalty", "1.0"],
     "sampled softmax": ["--training.sampled_words", "20"],
+    "hebbian softmax": ["--training.hebbian_limit", "20"],
     "asgd": ["--training.optimizer", "asgd", "--training.schedule", "constant", "--training.averaging_patience", "0",
              "--training.learning_rate", "5.0", "--training.epochs", "4"],
     "transformer": ["--model.kind", "transformer", "--model.context_length", "10", "--model.context_overlap", "4",
@@ -58,18 +60,18 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     arguments = [*RECIPES[recipe], "--training.save_steps", "7"]
     assert commands.train(options(whole, *arguments)) == 0
-    original = training._Run._step
+    original = TrainingRun._step
     for stop_at in (31, 85, *((150, 230) if recipe == "asgd" else ())):  # an epoch has 68 steps
 
-        def interrupted(run: training._Run, *batch: object, stop_at: int = stop_at) -> float:
+        def interrupted(run: TrainingRun, *batch: object, stop_at: int = stop_at) -> float:
             if run.position.step == stop_at:
                 raise KeyboardInterrupt
             return original(run, *batch)
 
-        monkeypatch.setattr(training._Run, "_step", interrupted)
+        monkeypatch.setattr(TrainingRun, "_step", interrupted)
         assert commands.train(options(broken, *arguments, "--resume")) == commands.INTERRUPTED
         assert "interrupted; what was saved before is whole" in capsys.readouterr().err
-    monkeypatch.setattr(training._Run, "_step", original)
+    monkeypatch.setattr(TrainingRun, "_step", original)
     assert commands.train(options(broken, *arguments, "--resume")) == 0
     assert_same_weights(whole, broken)
     best = [find_checkpoint(run).name for run in (whole, broken)]
@@ -81,7 +83,7 @@ def test_a_killed_run_goes_on(options: Options, tmp_path: Path) -> None:
     arguments = ["--training.save_steps", "5", "--training.epochs", "6"]
     assert commands.train(options(whole, *arguments)) == 0
     command = [sys.executable, "train.py", *options(killed, *arguments)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (killed / "checkpoint.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -96,7 +98,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(options: Options, tmp_pat
     arguments = ["--training.epochs", "8", "--training.save_steps", "20"]
     command = [sys.executable, "train.py", *options(stopped, *arguments)]
     process = subprocess.Popen(
-        command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     deadline = time.monotonic() + 120
     while not (stopped / "checkpoint.json").exists() and time.monotonic() < deadline:
@@ -115,19 +117,19 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(options: Options, tmp_pat
 def test_a_step_is_saved_once_where_it_is_due_and_the_last(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved, save, step = [], training._Run._save, training._Run._step
+    saved, save, step = [], TrainingRun._save, TrainingRun._step
 
-    def note(run: training._Run, is_best: bool) -> None:
+    def note(run: TrainingRun, is_best: bool) -> None:
         saved.append(run.position.step)
         save(run, is_best)
 
-    def terminate(run: training._Run, *batch: object) -> float:
+    def terminate(run: TrainingRun, *batch: object) -> float:
         if run.position.step == 13:
             signal.raise_signal(signal.SIGTERM)
         return step(run, *batch)
 
-    monkeypatch.setattr(training._Run, "_save", note)
-    monkeypatch.setattr(training._Run, "_step", terminate)
+    monkeypatch.setattr(TrainingRun, "_save", note)
+    monkeypatch.setattr(TrainingRun, "_step", terminate)
     assert commands.train(options(tmp_path / "run", "--training.save_steps", "7")) == 143
     assert "stopped by SIGTERM at step 14 of 136, saved; go on with --resume" in capsys.readouterr().err
     assert saved == [7, 14]
@@ -177,9 +179,9 @@ def test_training_stops_early_when_validation_stalls(options: Options, tmp_path:
 def test_divergence_is_reported_and_the_last_checkpoint_kept(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = training._Run._step
+    original = TrainingRun._step
     monkeypatch.setattr(
-        training._Run, "_step", lambda run, *batch: math.nan if run.position.step == 70 else original(run, *batch)
+        TrainingRun, "_step", lambda run, *batch: math.nan if run.position.step == 70 else original(run, *batch)
     )
     assert commands.train(options(tmp_path / "run")) == 2
     error = capsys.readouterr().err

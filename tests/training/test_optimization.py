@@ -3,13 +3,14 @@ import torch
 from torch import nn
 
 from mbpa_lm.config import TrainingConfig
-from mbpa_lm.optimization import (
+from mbpa_lm.training.optimization import (
     averaged_weights,
     build_optimizer,
+    join_state,
     learning_rate,
-    pack_optimizer,
+    load_state,
+    split_state,
     start_averaging,
-    unpack_optimizer,
 )
 
 OPTIMIZERS = ["adamw", "sgd", "asgd"]
@@ -52,8 +53,8 @@ def test_packed_and_unpacked_it_goes_on_alike(name: str) -> None:
     steps(first, one, 3, seed=2)
     second.load_state_dict(first.state_dict())
     two = build_optimizer(second, config)
-    tensors, plain = pack_optimizer(one)
-    unpack_optimizer(two, {key: tensor.clone() for key, tensor in tensors.items()}, plain)
+    tensors, plain = split_state(one.state_dict())
+    load_state(two, join_state({key: tensor.clone() for key, tensor in tensors.items()}, plain))
     steps(first, one, 4, seed=3)
     steps(second, two, 4, seed=3)
     assert torch.equal(first.weight, second.weight)
@@ -66,7 +67,7 @@ def test_state_of_another_model_is_refused() -> None:
     one = build_optimizer(model := nn.Linear(3, 2), config)
     steps(model, one, 1, seed=0)
     with pytest.raises(ValueError, match=r"a moment of shape \(2, 3\) for a weight of \(4, 3\)"):
-        unpack_optimizer(build_optimizer(nn.Linear(3, 4), config), *pack_optimizer(one))
+        load_state(build_optimizer(nn.Linear(3, 4), config), one.state_dict())
 
 
 def test_averaged_weights_are_the_mean_since_averaging_began() -> None:

@@ -1,28 +1,24 @@
-"""Training: text in, checkpoints out.
+"""A training run: text in, checkpoints out.
 
 An LSTM reads the training text in rows side by side and carries its state from one piece to the next (truncated
 BPTT); a transformer reads the same pieces as blocks. After each epoch the validation text is scored and the best
 and the last checkpoint are kept. A run that was stopped goes on from its last checkpoint and ends with the same
-weights, to the bit on a CPU, as one that never stopped.
+weights, to the bit on a CPU, as one that never stopped. Several processes share the rows of a batch (processes.py).
 """
 
 import math
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from mbpa_lm.checkpoint import (
     Checkpoint,
-    TrainingPosition,
+    distinct_weights,
     find_checkpoint,
     has_checkpoint,
     save_checkpoint,
@@ -33,38 +29,22 @@ from mbpa_lm.data.pieces import Piece
 from mbpa_lm.data.streams import SequenceBatches, TokenStream, count_tokens, open_stream
 from mbpa_lm.data.tokenizers import Tokenizer, make_tokenizer
 from mbpa_lm.errors import CheckpointError, ConfigError, Terminated
-from mbpa_lm.machine import code_commit, describe_machine, pick_device
 from mbpa_lm.metrics import perplexity
 from mbpa_lm.models.base import State
-from mbpa_lm.models.build import Model, build_model, check_model
-from mbpa_lm.optimization import (
-    averaged_weights,
-    build_optimizer,
-    has_averaged_weights,
-    learning_rate,
-    pack_optimizer,
-    start_averaging,
-    unpack_optimizer,
-)
-from mbpa_lm.precision import choose_precision, loss_scale
+from mbpa_lm.models.build import Model, blocks_of, build_model, check_model
 from mbpa_lm.progress import ProgressBar, console, token_progress
-from mbpa_lm.resume import checkpoint_to_resume
-from mbpa_lm.sampled_softmax import inclusion_probabilities, sampled_cross_entropy
-from mbpa_lm.stopping import termination_requests
 from mbpa_lm.tracking import RunLog
-from mbpa_lm.validation import validation_batches, validation_loss
-
-
-@dataclass
-class Position:
-    """How far a training run has come."""
-
-    step: int = 0
-    best_loss: float = math.inf
-    epochs_without_gain: int = 0
-    seconds: float = 0.0
-    precision: str = "float32"
-    validation_losses: list[float] = field(default_factory=list)
+from mbpa_lm.training.hebbian import HebbianRule
+from mbpa_lm.training.objective import TrainingObjective
+from mbpa_lm.training.optimization import averaged_weights, build_optimizer, learning_rate, start_averaging
+from mbpa_lm.training.position import Position
+from mbpa_lm.training.precision import choose_precision, loss_scale
+from mbpa_lm.training.processes import Processes
+from mbpa_lm.training.resume import checkpoint_to_resume
+from mbpa_lm.training.sampled_softmax import inclusion_probabilities
+from mbpa_lm.training.saved_state import pack, restore
+from mbpa_lm.training.stopping import termination_requests
+from mbpa_lm.training.validation import validation_batches, validation_loss
 
 
 @dataclass(frozen=True)
@@ -87,21 +67,39 @@ def train(config: Config, resume: bool = False) -> TrainingResult:
     if has_checkpoint(run_folder) and not resume:
         raise ConfigError(f"run.folder {run_folder} already holds a run; add --resume to go on with it, or name another folder")
     check_model(config.model)
+    processes = Processes(config.run.device)
+    check_training(config, processes)
     corpus = open_corpus(config.data)
     checkpoint = checkpoint_to_resume(run_folder, config, corpus) if resume else None
     tokenizer = checkpoint.tokenizer if checkpoint else _make_tokenizer(config, corpus)
+    processes.check_equal("the tokenizer", tokenizer.fingerprint())
     streams = {split: _open_stream(config, corpus, split, tokenizer) for split in ("train", "valid")}
     torch.manual_seed(config.run.seed)
     model = checkpoint.model if checkpoint else build_model(config.model, tokenizer.vocabulary_size)
-    run = _Run(config, corpus, tokenizer, streams, model.to(pick_device(config.run.device)), checkpoint)
+    run = TrainingRun(config, corpus, tokenizer, streams, model.to(processes.device), checkpoint, processes)
     with (
-        RunLog(run_folder, config.tracking.mode, config.tracking.project, "train", asdict(config)) as log,
+        RunLog(run_folder, config.tracking, "train", asdict(config), silent=not processes.is_first) as log,
         termination_requests() as asked_to_stop,
     ):
         return run.to_the_end(log, asked_to_stop)
 
 
-class _Run:
+def check_training(config: Config, processes: Processes) -> None:
+    """Raise ConfigError for settings that do not go with the processes that train."""
+    training = config.training
+    if training.batch_size % processes.count:
+        raise ConfigError(f"training.batch_size {training.batch_size} cannot be shared equally by {processes.count} processes")
+    if processes.shards_weights:
+        for name, is_set in (
+            ("model.kind lstm", config.model.kind == "lstm"),
+            ("training.optimizer asgd", training.optimizer == "asgd"),
+            ("training.hebbian_limit", bool(training.hebbian_limit)),
+        ):
+            if is_set:
+                raise ConfigError(f"{name} needs whole weights in every process; launch without FSDP")
+
+
+class TrainingRun:
     """The objects that a training run moves: model, optimizer, carried state and position."""
 
     def __init__(
@@ -112,25 +110,40 @@ class _Run:
         streams: dict[str, TokenStream],
         model: Model,
         checkpoint: Checkpoint | None,
+        processes: Processes,
     ) -> None:
         training = config.training
-        self.config, self.tokenizer, self.model = config, tokenizer, model
+        self.config, self.tokenizer, self.model, self.processes = config, tokenizer, model, processes
         self.folder = Path(config.run.folder)
-        self.device = model.output_layer().weight.device
         self.corpus = {"name": corpus.name, **{split: corpus.fingerprint(split) for split in ("train", "valid")}}
         self.token_counts = torch.from_numpy(count_tokens(streams["train"].tokens, tokenizer.vocabulary_size))
         self.batches = SequenceBatches(streams["train"].tokens, training.batch_size, training.sequence_length)
-        self.validation = validation_batches(streams["valid"], training)
-        self.optimizer = build_optimizer(model, training)
-        self.inclusion: Tensor | None = None
-        if training.sampled_words:
-            self.inclusion = inclusion_probabilities(self.token_counts, training.sampled_words).to(self.device)
+        self.rows = processes.rows(training.batch_size)
+        self.validation = validation_batches(streams["valid"], training, processes.count)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.weight_names = list(distinct_weights(model))
+        self.hebbian = HebbianRule(training.hebbian_limit, training.hebbian_floor, tokenizer.vocabulary_size, processes)
+        inclusion = inclusion_probabilities(self.token_counts, training.sampled_words) if training.sampled_words else None
         self.about = "~" if training.sampled_words else ""  # marks an estimate
+        precision = choose_precision(training.precision, model, processes.device)
+        if processes.total([precision == "bfloat16"])[0] < processes.count:
+            precision = "float32"  # in all, where one of them is slower in bfloat16
+        if checkpoint and checkpoint.position:
+            precision = checkpoint.position.values["position"].get("precision", precision)
+        objective = TrainingObjective(model, inclusion, precision, processes)
+        self.objective = processes.prepare(objective, blocks_of(model), precision == "bfloat16")
+        self.optimizer = build_optimizer(model, training)
         self.state: State | None = None
         self.gradient_norm = 0.0  # of the last step, before it was shortened
-        self.position = Position(precision=choose_precision(training.precision, model, self.device))
-        if checkpoint:
-            self._restore(checkpoint)
+        self.position = Position(precision=precision)
+        if checkpoint and checkpoint.position:
+            try:
+                saved = restore(checkpoint.position, self.optimizer, self.hebbian, processes)
+            except (KeyError, ValueError, TypeError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{checkpoint.folder} cannot be resumed: its training state is damaged ({error})"
+                ) from None
+            self.position, self.state = saved
 
     @property
     def steps(self) -> int:
@@ -138,10 +151,11 @@ class _Run:
 
     def to_the_end(self, log: RunLog, asked_to_stop: Callable[[], bool]) -> TrainingResult:
         position, training = self.position, self.config.training
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        count = self.processes.count
+        together = f", {count} processes together" if count > 1 else ""
         console.print(
-            f"training {parameters / 1e6:.1f}M parameters on {len(self.batches.tokens):,} tokens, "
-            f"{training.epochs} epochs of {self.batches.steps} steps, {position.precision}, on {self.device}"
+            f"training {self.parameters / 1e6:.1f}M parameters on {len(self.batches.tokens):,} tokens, {training.epochs} "
+            f"epochs of {self.batches.steps} steps, {position.precision}, on {self.processes.device}{together}"
         )
         while position.step < self.steps and not self._has_stalled():
             epoch = position.step // self.batches.steps
@@ -157,6 +171,8 @@ class _Run:
             self._save(is_best=gained)
         best = {"best/loss": position.best_loss, "best/perplexity": perplexity(position.best_loss)}
         log.summarize(best | {"steps": position.step, "seconds": position.seconds})
+        for which in ("best", "last"):
+            log.keep_checkpoint(find_checkpoint(self.folder, which), which)
         return TrainingResult(find_checkpoint(self.folder), position.best_loss, position.step, position.seconds)
 
     def _train_epoch(self, epoch: int, log: RunLog, asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
@@ -165,11 +181,12 @@ class _Run:
         if first == 0:
             self.state = None
         tokens_a_step = training.batch_size * training.sequence_length
-        self.model.train()
+        self.objective.train()
         total, started, before = 0.0, time.perf_counter(), position.seconds
         with ProgressBar(f"epoch {epoch + 1}", (self.batches.steps - first) * tokens_a_step) as progress:
             for done, (inputs, targets) in enumerate(self.batches.batches(self.config.run.seed, epoch, first), start=1):
-                loss = self._step(inputs, targets)
+                loss, stop_requests = self.processes.total([self._step(inputs, targets), asked_to_stop()])
+                loss /= self.processes.count
                 self._check_finite(loss, "loss")
                 total += loss
                 position.step += 1
@@ -177,23 +194,24 @@ class _Run:
                 progress.advance(tokens_a_step, f"train perplexity {self.about}{perplexity(total / done):.1f}")
                 if done == self.batches.steps - first:
                     break  # it is saved when it has been validated
-                is_due, stops = bool(training.save_steps) and position.step % training.save_steps == 0, asked_to_stop()
-                if is_due:
-                    log.write({"step": position.step, "train/loss": loss, "train/gradient_norm": self.gradient_norm})
+                is_due, stops = bool(training.save_steps) and position.step % training.save_steps == 0, stop_requests > 0
+                if position.step % self.config.tracking.log_steps == 0:
+                    log.write(self._progress_record(loss, done * tokens_a_step / (time.perf_counter() - started)))
                 if is_due or stops:  # once: a second save of a step would first remove the one that is pointed to
                     self._save(is_best=False)
                 if stops:
                     raise Terminated(
                         f"stopped by SIGTERM at step {position.step:,} of {self.steps:,}, saved; go on with --resume"
                     )
-        seconds = time.perf_counter() - started
+        record = self._progress_record(total / done, done * tokens_a_step / (time.perf_counter() - started))
+        return {**record, "epoch": epoch + 1, "train/perplexity": perplexity(total / done)}
+
+    def _progress_record(self, loss: float, tokens_per_second: float) -> dict[str, Any]:
         return {
-            "step": position.step,
-            "epoch": epoch + 1,
-            "train/loss": total / done,
-            "train/perplexity": perplexity(total / done),
-            "train/tokens_per_second": done * tokens_a_step / seconds,
-            "train/learning_rate": learning_rate(position.step - 1, self.steps, training),
+            "step": self.position.step,
+            "train/loss": loss,
+            "train/tokens_per_second": tokens_per_second,
+            "train/learning_rate": learning_rate(self.position.step - 1, self.steps, self.config.training),
             "train/gradient_norm": self.gradient_norm,
         }
 
@@ -208,38 +226,28 @@ class _Run:
 
     def _step(self, inputs: np.ndarray, targets: np.ndarray) -> float:
         """Read a batch, take one optimizer step and return the loss in nats a token, penalties left out."""
-        training = self.config.training
+        training, position, device = self.config.training, self.position, self.processes.device
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.position.step, self.steps, training)
+            group["lr"] = learning_rate(position.step, self.steps, training)
         state = self.state if self.model.carries_state_in_training else None
-        with self._autocast():
-            output = self.model(torch.from_numpy(inputs).to(self.device), state)
-            losses = self._losses(output.hidden_states.flatten(0, 1), torch.from_numpy(targets).to(self.device).flatten())
-        loss = losses.float().mean()
+        tokens, next_tokens = (torch.from_numpy(part[self.rows]).to(device) for part in (inputs, targets))
+        output = self.objective(tokens, next_tokens, state)
         self.optimizer.zero_grad(set_to_none=True)
-        scale = loss_scale(self.position.precision, self.device)
-        ((loss + output.penalty) * scale).backward()
+        scale = loss_scale(position.precision, device)
+        ((output.loss + output.penalty) * scale).backward()
         if scale != 1:
             torch._foreach_div_([weight.grad for weight in self.model.parameters() if weight.grad is not None], scale)
-        longest = training.gradient_norm or math.inf
-        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), longest))
+        self.gradient_norm = self.processes.shorten_gradients(self.model, training.gradient_norm or math.inf)
         self.optimizer.step()
+        if training.hebbian_limit:
+            self.hebbian.move_rows(self.model.output_layer().weight, output.hidden_states, next_tokens.flatten())
         self.state = output.state
-        return float(loss.detach())
-
-    def _losses(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
-        layer = self.model.output_layer()
-        if self.inclusion is not None:
-            return sampled_cross_entropy(layer, hidden_states, targets, self.inclusion)
-        logits = layer.logits(hidden_states)
-        # Outside autocast the loss reads bfloat16 logits and sums in float32, with no float32 copy of (tokens x V).
-        with torch.autocast(self.device.type, enabled=False):
-            return cross_entropy(logits, targets, reduction="none")
+        return float(output.loss.detach())
 
     def _validate(self) -> dict[str, float]:
         position, training, started = self.position, self.config.training, time.perf_counter()
-        with averaged_weights(self.optimizer), self._autocast():
-            loss = validation_loss(self.model, self.validation, self.device)
+        with averaged_weights(self.optimizer):
+            loss = validation_loss(self.objective, self.validation, self.processes)
         self._check_finite(loss, "validation loss")
         position.seconds += time.perf_counter() - started
         gained = loss < position.best_loss
@@ -259,61 +267,17 @@ class _Run:
             console.print(f"stopped: no better validation loss in {patience} epochs")
         return stalled
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.position.precision == "bfloat16")
-
     def _save(self, is_best: bool) -> None:
-        packed = self._pack()  # the weights being trained, before their averages take their place
+        packed = pack(
+            self.config, self.position, self.optimizer, self.state, self.hebbian, self.processes
+        )  # the weights being trained, before their averages take their place
         with averaged_weights(self.optimizer):
-            save_checkpoint(
-                self.config,
-                self.position.step,
-                self.model,
-                self.tokenizer,
-                self.token_counts,
-                self.corpus,
-                packed,
-                is_best,
-            )
-
-    def _pack(self) -> TrainingPosition:
-        tensors, plain = pack_optimizer(self.optimizer)
-        packed = {f"optimizer.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-        packed["random"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            packed["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        for index, tensor in enumerate(self.state or ()):
-            packed[f"state.{index}"] = tensor.detach().contiguous()
-        if has_averaged_weights(self.optimizer):
-            packed |= {f"weights.{index}": weight.detach().clone() for index, weight in enumerate(self.model.parameters())}
-        values = {
-            "position": asdict(self.position),
-            "optimizer": plain,
-            "training": asdict(self.config.training),
-            "seed": self.config.run.seed,
-            "command": shlex.join(sys.argv),
-            "commit": code_commit(),
-            "machine": describe_machine(self.device),
-        }
-        return TrainingPosition(packed, values)
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        assert checkpoint.position is not None
-        tensors, values = checkpoint.position.tensors, checkpoint.position.values
-        try:
-            unpack_optimizer(self.optimizer, _strip(tensors, "optimizer."), values["optimizer"])
-            state = _strip(tensors, "state.")
-            self.state = tuple(state[str(index)].to(self.device) for index in range(len(state))) or None
-            self.position = Position(**values["position"])
-            if has_averaged_weights(self.optimizer):
-                with torch.no_grad():
-                    for index, weight in enumerate(self.model.parameters()):
-                        weight.copy_(tensors[f"weights.{index}"])
-            torch.set_rng_state(tensors["random"])
-            if self.device.type == "cuda" and "random_cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{checkpoint.folder} cannot be resumed: its training state is damaged ({error})") from None
+            named = self.model.state_dict()
+            weights = self.processes.whole({name: named[name] for name in self.weight_names})
+        if self.processes.is_first:
+            step, corpus = self.position.step, self.corpus
+            save_checkpoint(self.config, step, weights, self.tokenizer, self.token_counts, corpus, packed, is_best)
+        self.processes.wait()
 
 
 def _make_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
@@ -330,7 +294,3 @@ def _make_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
 def _open_stream(config: Config, corpus: Corpus, split: str, tokenizer: Tokenizer) -> TokenStream:
     with token_progress(f"tokenizing {corpus.name} {split}") as progress:
         return open_stream(corpus, split, tokenizer, Path(config.data.token_folder), progress)
-
-
-def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

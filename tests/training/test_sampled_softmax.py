@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mbpa_lm.models.base import OutputLayer
-from mbpa_lm.sampled_softmax import inclusion_probabilities, sampled_cross_entropy
+from mbpa_lm.training.sampled_softmax import inclusion_probabilities, sampled_cross_entropy
 
 COUNTS = 10_000 // torch.arange(1, 501)
 
