@@ -70,15 +70,16 @@ class RunLog:
         if self._artifacts:
             self._send(message)
 
-    def keep_checkpoint(self, folder: Path, alias: str) -> None:
-        """Keep a checkpoint as an artifact of the run on Weights & Biases; the same files are kept once."""
+    def keep_checkpoint(self, folder: Path, aliases: Sequence[str]) -> None:
+        """Keep a checkpoint as an artifact of the run on Weights & Biases."""
 
         def message(run: Any) -> None:
             import wandb
 
             artifact = wandb.Artifact(f"{run.id}-checkpoint", type="model", metadata={"folder": str(folder)})
-            artifact.add_dir(str(folder))
-            run.log_artifact(artifact, aliases=[alias])
+            for file in (file for file in sorted(folder.rglob("*")) if file.is_file()):
+                artifact.add_file(str(file), name=str(file.relative_to(folder)))
+            run.log_artifact(artifact, aliases=list(aliases))
 
         if self._artifacts:
             self._send(message)

@@ -7,9 +7,10 @@ weights, to the bit on a CPU, as one that never stopped. Several processes share
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def train(config: Config, resume: bool = False) -> TrainingResult:
     Raises ConfigError, DataError or CheckpointError before any training where something does not fit, CheckpointError where a
     checkpoint cannot be written, and Terminated, after saving one, where SIGTERM asks it to stop.
     """
+    config = in_sweep(config)
     run_folder = Path(config.run.folder)
     if has_checkpoint(run_folder) and not resume:
         raise ConfigError(f"run.folder {run_folder} already holds a run; add --resume to go on with it, or name another folder")
@@ -82,6 +84,13 @@ def train(config: Config, resume: bool = False) -> TrainingResult:
         termination_requests() as asked_to_stop,
     ):
         return run.to_the_end(log, asked_to_stop)
+
+
+def in_sweep(config: Config) -> Config:
+    """Give a run that an agent of a Weights & Biases sweep started a folder of its own inside `run.folder`."""
+    if not os.environ.get("WANDB_SWEEP_ID") or not os.environ.get("WANDB_RUN_ID"):
+        return config
+    return replace(config, run=replace(config.run, folder=str(Path(config.run.folder) / os.environ["WANDB_RUN_ID"])))
 
 
 def check_training(config: Config, processes: Processes) -> None:
@@ -171,9 +180,15 @@ class TrainingRun:
             self._save(is_best=gained)
         best = {"best/loss": position.best_loss, "best/perplexity": perplexity(position.best_loss)}
         log.summarize(best | {"steps": position.step, "seconds": position.seconds})
-        for which in ("best", "last"):
-            log.keep_checkpoint(find_checkpoint(self.folder, which), which)
+        self._keep_checkpoints(log)
         return TrainingResult(find_checkpoint(self.folder), position.best_loss, position.step, position.seconds)
+
+    def _keep_checkpoints(self, log: RunLog) -> None:
+        aliases: dict[Path, list[str]] = {}
+        for which in ("best", "last"):
+            aliases.setdefault(find_checkpoint(self.folder, which), []).append(which)
+        for folder, names in aliases.items():
+            log.keep_checkpoint(folder, names)
 
     def _train_epoch(self, epoch: int, log: RunLog, asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
         position, training = self.position, self.config.training
