@@ -2,7 +2,9 @@
 
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -78,17 +80,41 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     assert best[0] == best[1]
 
 
-def test_a_killed_run_goes_on(options: Options, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    arguments = ["--training.save_steps", "5", "--training.epochs", "6"]
+def _train(arguments: list[str]) -> None:
+    raise SystemExit(commands.train(arguments))
+
+
+def _times_saved(run: Path) -> float:
+    pointer = run / "checkpoint.json"
+    return pointer.stat().st_mtime_ns if pointer.exists() else 0
+
+
+KILLS = int(os.environ.get("MBPA_KILLS", "2"))
+
+
+def test_wherever_a_run_is_killed_it_ends_with_the_weights_of_one_that_never_was(options: Options, tmp_path: Path) -> None:
+    """At random moments, of which saving a checkpoint is a large part."""
+    whole, killed, generator = tmp_path / "whole", tmp_path / "killed", random.Random(KILLS)
+    arguments = ["--training.save_steps", "5", "--training.epochs", str(4 + KILLS // 2), "--run.threads", "1"]
     assert commands.train(options(whole, *arguments)) == 0
-    command = [sys.executable, "train.py", *options(killed, *arguments)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoint.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    context = multiprocessing.get_context("forkserver")  # it has imported everything, and never run anything
+    context.set_forkserver_preload([__name__])
+    points = []
+    for _ in range(KILLS):
+        process = context.Process(target=_train, args=(options(killed, *arguments, "--resume"),), daemon=True)
+        process.start()
+        assert process.pid is not None
+        for _ in range(generator.randint(1, 6)):
+            before, deadline = _times_saved(killed), time.monotonic() + 120
+            while _times_saved(killed) == before and process.is_alive():
+                assert time.monotonic() < deadline, "nothing is saved"
+                time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.05))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        points.append(find_checkpoint(killed, "last").name)
+    assert points == sorted(points)
+    assert len(set(points)) > len(points) // 2
     assert commands.train(options(killed, *arguments, "--resume")) == 0
     assert_same_weights(whole, killed)
 
