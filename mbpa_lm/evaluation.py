@@ -19,14 +19,17 @@ from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
 from mbpa_lm.datastores import knows
+from mbpa_lm.documents import Scored, score_documents
 from mbpa_lm.errors import ConfigError, did_you_mean
+from mbpa_lm.experts.base import Expert
 from mbpa_lm.features import FEATURES
 from mbpa_lm.figures import write_figures
 from mbpa_lm.gate import GateRule, OnlineGate
-from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes, pick_device
+from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes
 from mbpa_lm.metrics import SEGMENTS, Targets, perplexity, summarize
 from mbpa_lm.mixed_scores import UNIFORM, MixedScores, mixed_scores
 from mbpa_lm.pretrained import pretrained_checkpoint
+from mbpa_lm.processes import Processes
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.report import print_tables, print_tuned, write_results
 from mbpa_lm.resources import (
@@ -51,7 +54,9 @@ def evaluate(config: Config, checkpoint_path: Path | None, tune_first: bool = Fa
     text before, and what is best is kept with the checkpoint. Raises CheckpointError where the checkpoint is not of the
     configured model, tokenizer or text, and DataError where the text cannot be read.
     """
-    checkpoint = pretrained_checkpoint(config) if checkpoint_path is None else _load(config, checkpoint_path)
+    processes = Processes(config.run.device)
+    _check_processes(config, processes, tune_first)
+    checkpoint = pretrained_checkpoint(config) if checkpoint_path is None else _load(config, checkpoint_path, processes)
     stream, fingerprint = _open_stream(config, checkpoint)
     model = checkpoint.model
     if tune_first:
@@ -65,52 +70,103 @@ def evaluate(config: Config, checkpoint_path: Path | None, tune_first: bool = Fa
     experts = make_experts(config, checkpoint)
     names = [expert.name for expert in experts]
     _check_names(config, names)
-    slow_weights = make_slow_weights(config, checkpoint, experts)
-    metric = None if tuned is None else tuned.metric_tensor()
-    _load_compiled_loops(config, checkpoint, stream, metric)
-    log_of_run = RunLog(Path(config.run.folder), config.tracking, "evaluate", asdict(config))
-    with ExitStack() as closing, log_of_run as log:
-        memory = make_memory(config, checkpoint, metric, closing)
-        remembered_before, read_by = len(memory), knows(config, fingerprint)
+    _load_compiled_loops(config, checkpoint, stream, None if tuned is None else tuned.metric_tensor())
+    streams = stream.documents() if config.evaluation.independent else [stream]
+    silent = not processes.is_first
+    with RunLog(Path(config.run.folder), config.tracking, "evaluate", asdict(config), silent) as log:
+        read_by = knows(config, fingerprint)
         for name in read_by:
             console.print(f"the memory in {name} has read {stream.name}: this is no held-out perplexity", markup=False)
-        with ProgressBar(f"scoring {stream.name}", len(stream) - 1) as progress:
+        one_pass = _Pass(config, checkpoint, tuned)
+        with ProgressBar(f"scoring {stream.name}", sum(len(part) - 1 for part in streams) // processes.count) as progress:
+            if config.evaluation.independent:
+                scored = score_documents(
+                    streams, lambda part: one_pass.over(part, make_experts(config, checkpoint), progress), processes
+                )
+            else:
+                scored = one_pass.over(stream, experts, progress)
+        metrics = _metrics(config, checkpoint, stream, streams, scored)
+        metrics |= {"remembered_before": one_pass.remembered_before, "read_before_by": read_by}
+        metrics |= {"independent_documents": len(streams) if config.evaluation.independent else 0, "processes": processes.count}
+        if scored.mixed is not None:
+            metrics["gate"] = _gate_metrics(scored.mixed, names)
+        metrics["tuned_on"] = None if tuned is None else {"stream": tuned.stream, "losses": tuned.losses}
+        if processes.is_first:
+            path = write_results(Path(config.run.folder), metrics, scored.scores)
+            _log_metrics(log, metrics)
+            log.show(write_figures(Path(config.run.folder), metrics))
+            print_tables(metrics)
+            console.print(f"written to {path}")
+    return metrics
+
+
+class _Pass:
+    """Scores streams, each from the beginning: state, memory, experts and gate know nothing of another."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, tuned: Tuned | None) -> None:
+        self.config, self.checkpoint, self.tuned = config, checkpoint, tuned
+        self.remembered_before = 0
+        self.done = 0
+        self.totals: dict[str, float] = defaultdict(float)
+
+    def over(self, stream: TokenStream, experts: Sequence[Expert], progress: ProgressBar) -> Scored:
+        """Score a stream with experts that have not seen another."""
+        config, checkpoint, model = self.config, self.checkpoint, self.checkpoint.model
+        with ExitStack() as closing:
+            metric = None if self.tuned is None else self.tuned.metric_tensor()
+            memory = make_memory(config, checkpoint, metric, closing)
+            self.remembered_before = len(memory)
             scores = score_stream(
                 model,
                 stream.tokens,
                 experts,
                 memory,
                 chunk_length(config, experts, model.hidden_size),
-                slow_weights,
+                make_slow_weights(config, checkpoint, experts),
                 make_history(experts, model),
-                _show(progress),
+                self._show(progress),
             )
         details = {expert.name: expert.details() for expert in experts}
-        mixed = None
-        if len(experts) > 1:
-            weights = _tuned_weights(tuned, names)
-            fixed = config.mixture.weights
-            mixed = mixed_scores(scores, experts, _gate_rule(config), model.vocabulary_size, config.run.seed, fixed, weights)
-            scores.losses |= mixed.losses
-            scores.seconds |= mixed.seconds
-        metrics = _metrics(config, checkpoint, stream, scores, details)
-        metrics |= {"remembered_before": remembered_before, "read_before_by": read_by}
-        if mixed is not None:
-            metrics["gate"] = _gate_metrics(mixed, names)
-        metrics["tuned_on"] = None if tuned is None else {"stream": tuned.stream, "losses": tuned.losses}
-        path = write_results(Path(config.run.folder), metrics, scores)
-        _log_metrics(log, metrics)
-        log.show(write_figures(Path(config.run.folder), metrics))
-    print_tables(metrics)
-    console.print(f"written to {path}")
-    return metrics
+        if len(experts) == 1:
+            return Scored(scores, details, None)
+        weights = _tuned_weights(self.tuned, [expert.name for expert in experts])
+        fixed, vocabulary_size = config.mixture.weights, model.vocabulary_size
+        mixed = mixed_scores(scores, experts, _gate_rule(config), vocabulary_size, config.run.seed, fixed, weights)
+        scores.losses |= mixed.losses
+        scores.seconds |= mixed.seconds
+        return Scored(scores, details, mixed)
+
+    def _show(self, progress: ProgressBar) -> Callable[[int, StreamScores], None]:
+        done = 0
+
+        def show(scored: int, scores: StreamScores) -> None:
+            nonlocal done
+            for name, losses in scores.losses.items():
+                self.totals[name] += float(losses[done:scored].sum(dtype=np.float64))
+            self.done += scored - done
+            done = scored
+            note = ", ".join(f"{name} {perplexity(total / self.done):.1f}" for name, total in self.totals.items())
+            progress.reach(self.done, note)
+
+        return show
 
 
-def _load(config: Config, path: Path) -> Checkpoint:
+def _check_processes(config: Config, processes: Processes, tune_first: bool) -> None:
+    if processes.count > 1 and not config.evaluation.independent:
+        raise ConfigError(
+            f"{processes.count} processes cannot share one stream; add --evaluation.independent true, or start one process"
+        )
+    if processes.count > 1 and tune_first:
+        raise ConfigError("--tune is for one process; tune first, then evaluate with several")
+    if config.evaluation.independent and config.remote.address:
+        raise ConfigError("evaluation.independent begins each document with an empty memory; leave remote.address out")
+
+
+def _load(config: Config, path: Path, processes: Processes) -> Checkpoint:
     folder = find_checkpoint(path)
     check_same_settings(folder, config)
     checkpoint = load_checkpoint(folder)
-    checkpoint.model.to(pick_device(config.run.device)).eval()
+    checkpoint.model.to(processes.device).eval()
     return checkpoint
 
 
@@ -170,28 +226,16 @@ def _tokenize(config: Config, checkpoint: Checkpoint, corpus: Corpus, split: str
         return open_stream(corpus, split, checkpoint.tokenizer, Path(config.data.token_folder), progress)
 
 
-def _show(progress: ProgressBar) -> Callable[[int, StreamScores], None]:
-    done = 0
-    totals: dict[str, float] = defaultdict(float)
-
-    def show(scored: int, scores: StreamScores) -> None:
-        nonlocal done
-        for name, losses in scores.losses.items():
-            totals[name] += float(losses[done:scored].sum(dtype=np.float64))
-        progress.reach(scored, ", ".join(f"{name} {perplexity(sum_ / scored):.1f}" for name, sum_ in totals.items()))
-        done = scored
-
-    return show
-
-
 def _metrics(
     config: Config,
     checkpoint: Checkpoint,
     stream: TokenStream,
-    scores: StreamScores,
-    details: dict[str, dict[str, float]],
+    streams: Sequence[TokenStream],
+    scored: Scored,
 ) -> dict[str, Any]:
-    targets = Targets.of(stream, checkpoint.token_counts.numpy())
+    """Return the report of `stream`, scored as one or as several `streams`."""
+    counts, scores, details = checkpoint.token_counts.numpy(), scored.scores, scored.details
+    targets = Targets.joined([Targets.of(part, counts) for part in streams])
     experts = {}
     for name, losses in scores.losses.items():
         seconds = scores.seconds[name]
@@ -202,7 +246,7 @@ def _metrics(
         "stream": {
             "name": stream.name,
             "tokens": len(stream),
-            "scored": len(stream) - 1,
+            "scored": sum(len(part) - 1 for part in streams),
             "words": targets.words,
             "characters": targets.characters,
             "documents": len(stream.document_starts),

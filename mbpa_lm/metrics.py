@@ -6,6 +6,7 @@ character" by the characters of text that they cover, so models with different t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,16 @@ class Targets:
             document_positions=(positions - stream.document_starts[document] + 1)[1:],
             words=int(stream.words[1:].sum(dtype=np.int64)),
             characters=int(stream.characters[1:].sum(dtype=np.int64)),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Targets"]) -> "Targets":
+        """Return those of streams that were scored one after another, each by itself."""
+        arrays = ("training_counts", "distances", "document_positions")
+        return cls(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays},
+            words=sum(part.words for part in parts),
+            characters=sum(part.characters for part in parts),
         )
 
 

@@ -64,6 +64,9 @@ class EvaluationConfig:
     """Tokens processed at once, at most; it changes speed and memory, never a result beyond rounding."""
     max_tokens: int = 0
     """Score only so many first tokens of the stream; 0: all."""
+    independent: bool = False
+    """Whether each document is a stream of its own, with which state, memory, experts and gate begin anew. Processes that were
+    launched together share the documents; the result is the same, to the bit, as that of one."""
     tuned: bool = True
     """Whether what evaluate.py --tune found and kept with the checkpoint, where it did, replaces the configured settings."""
 

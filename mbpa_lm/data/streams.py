@@ -42,8 +42,19 @@ class TokenStream:
 
     def first(self, count: int) -> "TokenStream":
         """Return the stream of the first `count` tokens."""
-        starts = self.document_starts[self.document_starts < count]
-        return TokenStream(self.name, self.tokens[:count], self.characters[:count], self.words[:count], starts)
+        return self._part(0, count)
+
+    def documents(self) -> list["TokenStream"]:
+        """Return each document as a stream; one of a single token, in which nothing can be predicted, is left out."""
+        bounds = [*self.document_starts.tolist(), len(self)]
+        if bounds[0] > 0:  # text before the first title
+            bounds.insert(0, 0)
+        return [self._part(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False) if end - begin > 1]
+
+    def _part(self, begin: int, end: int) -> "TokenStream":
+        starts = self.document_starts[(self.document_starts >= begin) & (self.document_starts < end)] - begin
+        part = slice(begin, end)
+        return TokenStream(self.name, self.tokens[part], self.characters[part], self.words[part], starts)
 
 
 def open_stream(

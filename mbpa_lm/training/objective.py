@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model
 from mbpa_lm.models.lstm import LSTMLanguageModel
+from mbpa_lm.processes import Processes
 from mbpa_lm.training.chunked_softmax import chunked_cross_entropy, target_losses
-from mbpa_lm.training.processes import Processes
 from mbpa_lm.training.sampled_softmax import sampled_cross_entropy
 
 

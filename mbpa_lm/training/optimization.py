@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, AdamW, Optimizer
 
 from mbpa_lm.config import TrainingConfig
-from mbpa_lm.training.processes import sharded_like
+from mbpa_lm.processes import sharded_like
 
 NOT_YET = 10**12
 """Step at which ASGD would start to average if validation never stopped improving."""

@@ -33,6 +33,7 @@ from mbpa_lm.errors import CheckpointError, ConfigError, Terminated
 from mbpa_lm.metrics import perplexity
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model, blocks_of, build_model, check_model
+from mbpa_lm.processes import Processes
 from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.tracking import RunLog
 from mbpa_lm.training.hebbian import HebbianRule
@@ -40,7 +41,6 @@ from mbpa_lm.training.objective import TrainingObjective
 from mbpa_lm.training.optimization import averaged_weights, build_optimizer, learning_rate, start_averaging
 from mbpa_lm.training.position import Position
 from mbpa_lm.training.precision import choose_precision, loss_scale
-from mbpa_lm.training.processes import Processes
 from mbpa_lm.training.resume import checkpoint_to_resume
 from mbpa_lm.training.sampled_softmax import inclusion_probabilities
 from mbpa_lm.training.saved_state import pack, restore

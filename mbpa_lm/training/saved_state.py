@@ -16,10 +16,10 @@ from mbpa_lm.checkpoint import TrainingPosition
 from mbpa_lm.config import Config
 from mbpa_lm.machine import code_commit, describe_machine
 from mbpa_lm.models.base import State
+from mbpa_lm.processes import Processes
 from mbpa_lm.training.hebbian import HebbianRule
 from mbpa_lm.training.optimization import has_averaged_weights, join_state, load_state, split_state
 from mbpa_lm.training.position import Position
-from mbpa_lm.training.processes import Processes
 
 
 def pack(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from mbpa_lm.processes import Processes
 from mbpa_lm.training.hebbian import HebbianRule
-from mbpa_lm.training.processes import Processes
 
 V, D = 6, 4
 

@@ -14,7 +14,7 @@ from mbpa_lm import commands
 from mbpa_lm.checkpoint import load_checkpoint
 from mbpa_lm.config import Config
 from mbpa_lm.errors import ConfigError
-from mbpa_lm.training.processes import Processes
+from mbpa_lm.processes import Processes
 from mbpa_lm.training.run import check_training
 from tests.conftest import GPT2
 

@@ -1,8 +1,9 @@
-"""The processes that train one model together: this one alone, or as many as `accelerate launch` started.
+"""The processes that work together: this one alone, or as many as `accelerate launch` started.
 
-Each reads its own equal group of the batch's rows, so a carried state never leaves its process; gradients are averaged over
-all before a step. What is random is drawn alike in every process, for all rows where it differs by row, so that the weights are
-those that one process would have come to with the whole batch, up to the rounding of sums.
+In training each reads its own equal group of the batch's rows, so a carried state never leaves its process; gradients are
+averaged over all before a step. What is random is drawn alike in every process, for all rows where it differs by row, so that
+the weights are those that one process would have come to with the whole batch, up to the rounding of sums. In evaluation each
+reads whole documents.
 """
 
 import os
@@ -10,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from mbpa_lm.progress import console
 
 
 class Processes:
-    """This process among those that train together."""
+    """This process among those that work together."""
 
     def __init__(self, wanted_device: str) -> None:
         """Join the others, where there are any, on the device that `wanted_device` (auto, cpu or cuda) stands for."""
@@ -83,6 +85,14 @@ class Processes:
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         distributed.all_reduce(summed)
         return [float(value) for value in summed.tolist()]
+
+    def total_array(self, array: np.ndarray) -> np.ndarray:
+        """Return the sum of an array over all processes, the same in every one; exact where all but one give zeros."""
+        if self.count == 1:
+            return array
+        summed = torch.from_numpy(array).to(self.device)
+        distributed.all_reduce(summed)
+        return summed.cpu().numpy()
 
     def joined(self, rows: Tensor, dim: int) -> Tensor:
         """Return the rows of all processes in order; each must hold as many."""
