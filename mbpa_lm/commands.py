@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse.typing import PositiveInt
 
 from mbpa_lm.config import Config
 from mbpa_lm.errors import ConfigError, MbpaError, did_you_mean, reason
@@ -51,6 +52,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--tune", action="store_true", help="Tune the experts on the validation text first, and keep what is best."
     )
+    verify = "Score so many random positions (3) again from scratch without their future; any difference is an error."
+    parser.add_argument("--verify", type=PositiveInt, nargs="?", const=3, help=verify)
     parser.add_argument("--experts", type=str, help="The same as evaluation.experts, as names between commas.")
     config, options = parse(parser, arguments)
     if options["experts"]:
@@ -62,7 +65,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
     prepare_machine(config, keep_memory=not config.memory.resident_gib)
     from mbpa_lm.evaluation import evaluate
 
-    evaluate(config, Path(options["checkpoint"]) if options["checkpoint"] else None, options["tune"])
+    path = Path(options["checkpoint"]) if options["checkpoint"] else None
+    evaluate(config, path, options["tune"], options["verify"] or 0)
 
 
 def check_one_model(config: Config, options: dict[str, Any]) -> None:

@@ -77,3 +77,9 @@ class ModelError(MbpaError):
     """A model that cannot have a memory."""
 
     exit_code = 8
+
+
+class NumericalError(MbpaError):
+    """A number that is no probability, or a prediction that is not the same when it is made again."""
+
+    exit_code = 9

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ from mbpa_lm.experts.base import Expert
 from mbpa_lm.features import FEATURES
 from mbpa_lm.figures import write_figures
 from mbpa_lm.gate import GateRule, OnlineGate
+from mbpa_lm.guard import Guard
 from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes
 from mbpa_lm.metrics import SEGMENTS, Targets, perplexity, summarize
 from mbpa_lm.mixed_scores import UNIFORM, MixedScores, mixed_scores
@@ -45,14 +46,18 @@ from mbpa_lm.scoring import StreamScores, score_stream
 from mbpa_lm.tracking import RunLog
 from mbpa_lm.tuned import Tuned, load_tuned, save_tuned
 from mbpa_lm.tuning.everything import tune
+from mbpa_lm.verification import verify
 
 
-def evaluate(config: Config, checkpoint_path: Path | None, tune_first: bool = False) -> dict[str, Any]:
+def evaluate(
+    config: Config, checkpoint_path: Path | None, tune_first: bool = False, verified_positions: int = 0
+) -> dict[str, Any]:
     """Score a stream with every configured expert; write and return the metrics.
 
     Without a path, that is the model that `model.pretrained` names. With `tune_first`, the experts are tuned on the validation
-    text before, and what is best is kept with the checkpoint. Raises CheckpointError where the checkpoint is not of the
-    configured model, tokenizer or text, and DataError where the text cannot be read.
+    text before, and what is best is kept with the checkpoint. `verified_positions` are scored again without their future.
+    Raises CheckpointError where the checkpoint is not of the configured model, tokenizer or text, DataError where the text
+    cannot be read, and NumericalError for a prediction that is no probability or that depends on its future.
     """
     processes = Processes(config.run.device)
     _check_processes(config, processes, tune_first)
@@ -85,7 +90,8 @@ def evaluate(config: Config, checkpoint_path: Path | None, tune_first: bool = Fa
                 )
             else:
                 scored = one_pass.over(stream, experts, progress)
-        metrics = _metrics(config, checkpoint, stream, streams, scored)
+        verified = _verify(one_pass, streams[0], scored, verified_positions) if verified_positions else []
+        metrics = _metrics(config, checkpoint, stream, streams, scored) | {"verified_positions": verified}
         metrics |= {"remembered_before": one_pass.remembered_before, "read_before_by": read_by}
         metrics |= {"independent_documents": len(streams) if config.evaluation.independent else 0, "processes": processes.count}
         if scored.mixed is not None:
@@ -109,8 +115,10 @@ class _Pass:
         self.done = 0
         self.totals: dict[str, float] = defaultdict(float)
 
-    def over(self, stream: TokenStream, experts: Sequence[Expert], progress: ProgressBar) -> Scored:
-        """Score a stream with experts that have not seen another."""
+    def over(
+        self, stream: TokenStream, experts: Sequence[Expert], progress: ProgressBar, inspected: Collection[int] = ()
+    ) -> Scored:
+        """Score a stream with experts that have not seen another; look at their whole distributions at some positions."""
         config, checkpoint, model = self.config, self.checkpoint, self.checkpoint.model
         with ExitStack() as closing:
             metric = None if self.tuned is None else self.tuned.metric_tensor()
@@ -125,8 +133,14 @@ class _Pass:
                 make_slow_weights(config, checkpoint, experts),
                 make_history(experts, model),
                 self._show(progress),
+                guard := Guard(config.evaluation.on_error == "base", inspected),
             )
         details = {expert.name: expert.details() for expert in experts}
+        for name, count in guard.fallen_back.items():
+            details[name]["fell_back_share"] = count / (len(stream) - 1)
+            console.print(
+                f"{name} gave no probability at {count:,} positions of {stream.name}; the base model's took its place"
+            )
         if len(experts) == 1:
             return Scored(scores, details, None)
         weights = _tuned_weights(self.tuned, [expert.name for expert in experts])
@@ -149,6 +163,21 @@ class _Pass:
             progress.reach(self.done, note)
 
         return show
+
+
+def _verify(one_pass: _Pass, stream: TokenStream, scored: Scored, positions: int) -> list[int]:
+    config, checkpoint = one_pass.config, one_pass.checkpoint
+    chunk = chunk_length(config, make_experts(config, checkpoint), checkpoint.model.hidden_size)
+
+    def score(part: TokenStream, position: int) -> Scored:
+        with ProgressBar(f"verifying position {position:,}", len(part) - 1) as progress:
+            again = _Pass(config, checkpoint, one_pass.tuned)
+            return again.over(part, make_experts(config, checkpoint), progress, [position])
+
+    vocabulary_size, seed = checkpoint.model.vocabulary_size, config.run.seed
+    verified = verify(stream, scored.scores.losses, score, positions, chunk, vocabulary_size, seed)
+    console.print(f"the same to the bit without their future, and distributions that sum to one, at positions {verified}")
+    return verified
 
 
 def _check_processes(config: Config, processes: Processes, tune_first: bool) -> None:

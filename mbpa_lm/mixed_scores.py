@@ -9,6 +9,7 @@ import numpy as np
 
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.gate import GateRule, OnlineGate
+from mbpa_lm.guard import check_mixture
 from mbpa_lm.mixture import best_weights, mix, with_uniform
 from mbpa_lm.scoring import StreamScores, shared_work
 
@@ -57,6 +58,8 @@ def mixed_scores(
         losses[FIXED] = -mix(components[:, :-1], np.array([fixed.get(name, 0.0) for name in names]))
     else:
         losses[EQUAL] = -mix(components[:, :-1], np.full(len(names), 1 / len(names)))
+    for name, values in losses.items():
+        check_mixture(name, values)
     seconds |= {name: needed for name in losses if name != GATE}
     groups = {name: [name] for name in names[1:]}
     caches = [name for name in names if name.startswith("cache-")]

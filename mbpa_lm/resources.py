@@ -6,6 +6,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mbpa_lm.adaptation.slow_weights import GradientScale, SlowRule, SlowWeights
@@ -134,9 +135,10 @@ def _surprise(config: Config) -> float:
 
 
 def make_history(experts: Sequence[Expert], model: LanguageModel) -> StreamHistory | None:
-    """Return an empty history as long as the experts ask for, None where none does."""
+    """Return an empty history as long as the experts ask for, None where none does; of single precision or better."""
     size, weight = max(expert.window for expert in experts), model.output_layer().weight
-    return StreamHistory(size, model.hidden_size, weight.dtype, weight.device) if size else None
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return StreamHistory(size, model.hidden_size, dtype, weight.device) if size else None
 
 
 def fill_in_scales(config: Config, checkpoint: Checkpoint) -> Config:

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 from mbpa_lm.adaptation.likely_words import likely_words
-from mbpa_lm.adaptation.problem import normalize, pick
+from mbpa_lm.adaptation.problem import at_least_single, normalize, pick
 from mbpa_lm.adaptation.slow_weights import SlowWeights
+from mbpa_lm.errors import AdaptationError
 from mbpa_lm.experts.base import Chunk, Expert, SlowSoftmax
 from mbpa_lm.features import FEATURES, features, principal_directions
+from mbpa_lm.guard import Guard
 from mbpa_lm.memory.base import Entries, Memory, Neighbours, SearchesAhead
 from mbpa_lm.memory.history import StreamHistory, Stretch
 from mbpa_lm.models.base import LanguageModel, State
@@ -47,13 +49,15 @@ def score_stream(
     slow_weights: SlowWeights | None = None,
     history: StreamHistory | None = None,
     on_progress: Callable[[int, StreamScores], None] = lambda scored, scores: None,
+    guard: Guard | None = None,
 ) -> StreamScores:
     """Score every token of a stream but the first, which is read and not scored.
 
     Args: tokens (n,) ids; slow_weights and history are there where an expert needs them, and learn from the stream;
-    on_progress is told how many tokens have been scored so far. The model must be in evaluation mode. Returns the loss of
-    every expert at every position.
+    on_progress is told how many tokens have been scored so far; guard, which stops at the first violation where none is given,
+    looks at every prediction. The model must be in evaluation mode. Returns the loss of every expert at every position.
     """
+    guard = guard or Guard()
     count = len(tokens) - 1
     losses, components = ({expert.name: np.empty(count, dtype=np.float32) for expert in experts} for _ in range(2))
     scores = StreamScores(losses, components, np.zeros((count, len(FEATURES)), dtype=np.float32))
@@ -87,10 +91,10 @@ def score_stream(
         for expert in experts:
             if not expert.needs_slow_weights:
                 with clock.measure(expert.name):
-                    _score(expert, chunk, targets_C, scores, begin)
+                    _score(expert, chunk, targets_C, scores, begin, guard)
         if slow_weights is not None:
             from_slow_weights = [expert for expert in experts if expert.needs_slow_weights]
-            _score_from_slow_weights(from_slow_weights, slow_weights, chunk, targets_C, scores, begin, clock)
+            _score_from_slow_weights(from_slow_weights, slow_weights, chunk, targets_C, scores, begin, clock, guard)
         if directions is not None:
             with clock.measure("features"):
                 scores.features[begin:end] = features(chunk, begin, directions).float().cpu().numpy()
@@ -125,7 +129,8 @@ def _read(model: LanguageModel, tokens: np.ndarray, chunk_length: int, clock: "_
             output = model(read[None, :-1], state)
             state = output.state
             hidden_states_Cd = output.hidden_states[0]
-            base_CV, log_partitions_C = normalize(layer.logits(hidden_states_Cd))
+            # Half precision is too coarse for what enters a result: its distributions are off one by up to a hundredth.
+            base_CV, log_partitions_C = normalize(at_least_single(layer.logits(hidden_states_Cd)))
         yield _Piece(begin, read[:-1], read[1:], hidden_states_Cd, base_CV, log_partitions_C)
 
 
@@ -137,6 +142,7 @@ def _score_from_slow_weights(
     scores: StreamScores,
     first: int,
     clock: "_Clock",
+    guard: Guard,
 ) -> None:
     """Score the positions of a chunk, which start at `first`, in parts between which the slow weights take a step."""
     begin = 0
@@ -147,21 +153,37 @@ def _score_from_slow_weights(
         slow = SlowSoftmax(slow_weights.weight_Vd, slow_weights.bias_V, log_probabilities, log_partitions)
         for expert in experts:
             with clock.measure(expert.name):
-                _score(expert, replace(chunk.part(part), slow=slow), targets_C[part], scores, first + part.start)
+                _score(expert, replace(chunk.part(part), slow=slow), targets_C[part], scores, first + part.start, guard)
         with clock.measure("slow weights"):
             slow_weights.learn(chunk.hidden_states[part], log_probabilities, targets_C[part])
         begin = part.stop
 
 
-def _score(expert: Expert, chunk: Chunk, targets: torch.Tensor, scores: StreamScores, first: int) -> None:
+def _score(expert: Expert, chunk: Chunk, targets: torch.Tensor, scores: StreamScores, first: int, guard: Guard) -> None:
     """Write down what an expert gives for the positions of a chunk, which start at `first`."""
     positions = slice(first, first + len(targets))
-    found = expert.target_log_probabilities(chunk, targets)
-    scores.components[expert.name][positions] = found.float().cpu().numpy()
-    if expert.weight < 1:
-        base = pick(chunk.base_log_probabilities if chunk.slow is None else chunk.slow.log_probabilities, targets)
-        found = torch.logaddexp(base + math.log(1 - expert.weight), found + math.log(expert.weight))
-    scores.losses[expert.name][positions] = -found.float().cpu().numpy()
+    base_CV = chunk.base_log_probabilities if chunk.slow is None else chunk.slow.log_probabilities
+    for index in guard.positions_to_inspect(first, len(targets)):
+        own_CV = expert.log_probabilities(chunk)
+        guard.check_distribution(expert.name, _alone(expert, own_CV[index], base_CV[index]), first + index)
+    base = pick(base_CV, targets)
+    try:
+        own = expert.target_log_probabilities(chunk, targets)
+    except AdaptationError:
+        if not guard.may_fall_back(expert.name):
+            raise
+        own = torch.full_like(base, math.nan)
+    own_C, alone_C, base_C = (part.float().cpu().numpy() for part in (own, _alone(expert, own, base), base))
+    own_C, alone_C = guard.checked(expert.name, own_C, alone_C, base_C, chunk, targets, first)
+    scores.components[expert.name][positions] = own_C
+    scores.losses[expert.name][positions] = -alone_C
+
+
+def _alone(expert: Expert, own: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities of an expert that predicts alone: with its share of the base model's."""
+    if expert.weight == 1:
+        return own
+    return torch.logaddexp(base + math.log(1 - expert.weight), own + math.log(expert.weight))
 
 
 def shared_work(expert: Expert) -> list[str]:

@@ -59,8 +59,9 @@ class MergedWords:
     def largest(self, scores_Bn: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Choose `count` words, those that are always chosen first: their places (B, S), and which of them are filled."""
         scores_Bn = scores_Bn.masked_fill(self.always_Bn, torch.inf).masked_fill(~self.filled_Bn, -1.0)
-        chosen = scores_Bn.topk(min(count, scores_Bn.shape[1]), dim=1, sorted=False)
-        return chosen.indices, chosen.values >= 0
+        # In the order of their places, or the sums over them would be rounded otherwise beside other queries.
+        places_BS = scores_Bn.topk(min(count, scores_Bn.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
+        return places_BS, scores_Bn.gather(1, places_BS) >= 0
 
 
 def merge_words(listed_BKc: Tensor, always_BA: Tensor) -> MergedWords:

@@ -67,6 +67,9 @@ class EvaluationConfig:
     independent: bool = False
     """Whether each document is a stream of its own, with which state, memory, experts and gate begin anew. Processes that were
     launched together share the documents; the result is the same, to the bit, as that of one."""
+    on_error: Literal["stop", "base"] = "stop"
+    """What follows a prediction that is no probability: the run stops, saying of which expert and where; or the base model's
+    prediction takes its place and is counted."""
     tuned: bool = True
     """Whether what evaluate.py --tune found and kept with the checkpoint, where it did, replaces the configured settings."""
 

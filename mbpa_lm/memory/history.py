@@ -40,7 +40,7 @@ class StreamHistory:
     """Hidden states and next tokens, read before they are written, like a memory."""
 
     def __init__(self, size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Keep the last `size` entries, or all of them with UNBOUNDED."""
+        """Keep the last `size` entries, or all of them with UNBOUNDED; products are made in `dtype`."""
         self.size = size
         self._keys_Nd = torch.empty(0, hidden_size, dtype=dtype, device=device)
         self._squared_norms_N = torch.empty(0, dtype=dtype, device=device)
@@ -52,6 +52,7 @@ class StreamHistory:
 
     def read_and_write(self, keys_Cd: Tensor, values_C: Tensor) -> Stretch:
         """Return what the positions of a chunk see, each the stream before it; then they are part of it."""
+        keys_Cd = keys_Cd.to(self._keys_Nd.dtype)
         self._make_room(len(keys_Cd))
         before = len(self)
         begin, self._begin = self._end - before, self._end - before

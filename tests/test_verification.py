@@ -1,0 +1,45 @@
+"""evaluate.py --verify: the same without the future, on a run with everything; and a run that is not causal is found."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from mbpa_lm import commands
+from mbpa_lm.experts.base import Chunk
+from mbpa_lm.experts.base_model import BaseModelExpert
+
+Options = Callable[..., list[str]]
+ALL = "base,mbpa,persistent,mbpa+persistent,cache,knn,dynamic"
+
+
+@pytest.mark.parametrize("more", [[], ["--adaptation.solver", "dual"], ["--mixture.weights.base", "0.5"]], ids=str)
+def test_every_expert_and_mixture_is_the_same_without_its_future(
+    options: Options, trained_run: Path, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    run = shutil.copytree(trained_run, tmp_path / "trained")  # experts keep things beside the checkpoint
+    arguments = ["--checkpoint", str(run), "--experts", ALL, "--verify", "4", "--evaluation.chunk_length", "37", *more]
+    assert commands.evaluate(options(tmp_path / "scored", *arguments)) == 0
+    metrics = json.loads((tmp_path / "scored" / "metrics.json").read_text())
+    assert len(metrics["verified_positions"]) == 4
+    assert "the same to the bit without their future" in capsys.readouterr().out
+
+
+def test_a_prediction_that_knows_its_future_is_found(
+    options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = BaseModelExpert.target_log_probabilities
+
+    def peeks(self: BaseModelExpert, chunk: Chunk, targets: Tensor) -> Tensor:
+        return honest(self, chunk, targets) - 1e-6 * targets.float().mean()
+
+    monkeypatch.setattr(BaseModelExpert, "target_log_probabilities", peeks)
+    arguments = ["--checkpoint", str(trained_run), "--experts", "base", "--verify"]
+    assert commands.evaluate(options(tmp_path, *arguments)) == 9
+    error = capsys.readouterr().err
+    assert error.startswith("error: base gives position ")
+    assert "from scratch without its future: it is not causal" in error
