@@ -1,8 +1,12 @@
 """The command lines: parse, call, report. What they do is in training/ and evaluation.py."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,12 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
 from mbpa_lm.config import Config
-from mbpa_lm.errors import ConfigError, MbpaError, did_you_mean, reason
+from mbpa_lm.errors import ConfigError, MbpaError, Terminated, did_you_mean, reason
 
-INTERRUPTED = 130
+INTERRUPTED, OUT_OF_MEMORY, UNEXPECTED = 130, 10, 70
+"""Exit codes beside those of the errors (errors.py): Ctrl-C, no memory left, and a fault of this package."""
+
+DEBUG = "--debug"
 OPEN_KEYS = ("model.settings", "mixture.weights")
 """Keys under which any name may stand."""
 
@@ -103,22 +110,58 @@ def make_parser(program: str, description: str) -> ArgumentParser:
     usage = "%(prog)s --config FILE [--section.name VALUE ...]"
     parser = ArgumentParser(prog=program, description=description, usage=usage, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of values; what follows on the command line wins.")
+    parser.add_argument(DEBUG, action="store_true", help="Where it fails, show where in the code too.")
     for section in fields(Config):
         parser.add_class_arguments(section.type, section.name)
     return parser
 
 
 def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
-    """Run a command and return its exit code; what a user can do something about is said in one line."""
+    """Run a command and return its exit code; what went wrong is said in one line, and with `--debug` where in the code."""
+    debug = DEBUG in arguments
     try:
-        command(arguments)
+        with _termination_as_error():
+            command([argument for argument in arguments if argument != DEBUG])
     except MbpaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(str(error), error.exit_code, debug)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is whole", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        from mbpa_lm.out_of_memory import is_out_of_memory
+
+        if is_out_of_memory(error):
+            smaller = "training.batch_size, evaluation.chunk_length or memory.size"
+            return _failed(f"out of memory ({reason(error)}); make {smaller} smaller", OUT_OF_MEMORY, debug)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        text = f"{type(error).__name__} at {where}: {reason(error)}; this is a fault of mbpa_lm, {DEBUG} shows all of it"
+        return _failed(text, UNEXPECTED, debug)
     return 0
+
+
+def _failed(text: str, exit_code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {text}", file=sys.stderr)
+    return exit_code
+
+
+@contextmanager
+def _termination_as_error() -> Iterator[None]:
+    """Turn SIGTERM into an error that unwinds what is open, where nothing else has been arranged for."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated("stopped by SIGTERM; what was saved before is whole")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def prepare_machine(config: Config, keep_memory: bool = True) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mbpa_lm.errors import DatastoreError, reason
 
@@ -68,6 +68,18 @@ def take_lock(path: Path) -> int | None:
             raise
         return None
     return descriptor
+
+
+def lock_open_file(file: IO[Any]) -> None:
+    """Lock a file until it is closed or the process ends; raises BlockingIOError where another process holds it.
+
+    Where the file system knows no locks, nothing happens.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            raise
 
 
 def hold(path: Path, what: Path) -> int:

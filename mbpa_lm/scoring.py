@@ -26,6 +26,7 @@ from mbpa_lm.guard import Guard
 from mbpa_lm.memory.base import Entries, Memory, Neighbours, SearchesAhead
 from mbpa_lm.memory.history import StreamHistory, Stretch
 from mbpa_lm.models.base import LanguageModel, State
+from mbpa_lm.out_of_memory import in_halves
 
 
 @dataclass
@@ -125,13 +126,19 @@ def _read(model: LanguageModel, tokens: np.ndarray, chunk_length: int, clock: "_
     state: State | None = None
     for begin in range(0, count, chunk_length):
         read = torch.from_numpy(tokens[begin : min(begin + chunk_length, count) + 1].astype(np.int64)).to(layer.weight.device)
-        with clock.measure("model"):
-            output = model(read[None, :-1], state)
+
+        def piece(part: slice, read: torch.Tensor = read, begin: int = begin) -> _Piece:
+            nonlocal state
+            with clock.measure("model"):
+                output = model(read[None, part], state)
+                hidden_states_Cd = output.hidden_states[0]
+                # Half precision is too coarse for what enters a result: its distributions are off one by up to a hundredth.
+                base_CV, log_partitions_C = normalize(at_least_single(layer.logits(hidden_states_Cd)))
             state = output.state
-            hidden_states_Cd = output.hidden_states[0]
-            # Half precision is too coarse for what enters a result: its distributions are off one by up to a hundredth.
-            base_CV, log_partitions_C = normalize(at_least_single(layer.logits(hidden_states_Cd)))
-        yield _Piece(begin, read[:-1], read[1:], hidden_states_Cd, base_CV, log_partitions_C)
+            targets_C = read[part.start + 1 : part.stop + 1]
+            return _Piece(begin + part.start, read[part], targets_C, hidden_states_Cd, base_CV, log_partitions_C)
+
+        yield from in_halves(piece, len(read) - 1, "the model")
 
 
 def _score_from_slow_weights(
@@ -160,7 +167,19 @@ def _score_from_slow_weights(
 
 
 def _score(expert: Expert, chunk: Chunk, targets: torch.Tensor, scores: StreamScores, first: int, guard: Guard) -> None:
-    """Write down what an expert gives for the positions of a chunk, which start at `first`."""
+    """Write down what an expert gives for the positions of a chunk, which start at `first`; in parts where memory is short."""
+
+    def score(part: slice) -> None:
+        whole = part == slice(0, len(targets))
+        _score_at_once(expert, chunk if whole else chunk.part(part), targets[part], scores, first + part.start, guard)
+
+    if expert.learns:
+        score(slice(0, len(targets)))
+    else:
+        in_halves(score, len(targets), f"expert {expert.name}")
+
+
+def _score_at_once(expert: Expert, chunk: Chunk, targets: torch.Tensor, scores: StreamScores, first: int, guard: Guard) -> None:
     positions = slice(first, first + len(targets))
     base_CV = chunk.base_log_probabilities if chunk.slow is None else chunk.slow.log_probabilities
     for index in guard.positions_to_inspect(first, len(targets)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -10,10 +11,14 @@ from types import TracebackType
 from typing import Any
 
 from mbpa_lm.config import TrackingConfig
+from mbpa_lm.durable import lock_open_file
 from mbpa_lm.errors import RunFolderError, reason
 from mbpa_lm.progress import console
 
 LOG_FILE = "log.jsonl"
+
+LONGEST_ANSWER, LONGEST_GOODBYE = 60.0, 120.0
+"""Seconds that Weights & Biases may take to begin a run or to take a record, and to send the rest of it in the end."""
 
 
 class RunLog:
@@ -31,6 +36,10 @@ class RunLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
+            if not silent:
+                lock_open_file(self._file)
+        except BlockingIOError:
+            raise RunFolderError(f"run.folder {folder} is being written by another process; name another folder") from None
         except OSError as error:
             raise RunFolderError(f"run.folder {folder} cannot be written: {reason(error)}; name another folder") from None
         self._wandb: Any = None
@@ -87,7 +96,7 @@ class RunLog:
     def close(self) -> None:
         with suppress(OSError):  # a full disk; `write` has already said so
             self._file.close()
-        self._send(lambda run: run.finish())
+        self._send(lambda run: run.finish(), LONGEST_GOODBYE)
 
     def _keep(self, record: Mapping[str, Any]) -> None:
         try:
@@ -96,11 +105,11 @@ class RunLog:
         except OSError as error:
             raise RunFolderError(f"{self._path} cannot be written: {reason(error)}; what was saved before is whole") from None
 
-    def _send(self, message: Callable[[Any], object]) -> None:
+    def _send(self, message: Callable[[Any], object], seconds: float = LONGEST_ANSWER) -> None:
         if self._wandb is None:
             return
         try:
-            message(self._wandb)
+            within(seconds, lambda: message(self._wandb))
         except Exception as error:  # whatever goes wrong in a tracker, the run goes on and the local log is whole
             self._wandb = None
             _report_tracker(error, self._path)
@@ -124,18 +133,42 @@ def _resolve(mode: str) -> str:
     return "online" if netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace") else "offline"
 
 
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Return what a call returns; raises TimeoutError where it takes longer, and leaves it to itself."""
+    found: list[Any] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not found:
+        raise TimeoutError(f"no answer in {seconds:.0f} seconds")
+    return found[0]
+
+
 def _start_wandb(folder: Path, mode: str, project: str, job: str, config: Mapping[str, Any]) -> Any:
     try:
         import wandb
 
-        return wandb.init(
-            project=project,
-            name=f"{folder.name}-{job}",
-            job_type=job,
-            dir=folder,
-            mode="online" if mode == "online" else "offline",
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
+        return within(
+            LONGEST_ANSWER,
+            lambda: wandb.init(
+                project=project,
+                name=f"{folder.name}-{job}",
+                job_type=job,
+                dir=folder,
+                mode="online" if mode == "online" else "offline",
+                config=dict(config),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=LONGEST_ANSWER),
+            ),
         )
     except Exception as error:  # whatever goes wrong in a tracker, the run goes on and the local log is whole
         _report_tracker(error, folder / LOG_FILE)

@@ -15,7 +15,9 @@ Options = Callable[..., list[str]]
 ALL = "base,mbpa,persistent,mbpa+persistent,cache,knn,dynamic"
 
 
-@pytest.mark.parametrize("more", [[], ["--adaptation.solver", "dual"], ["--mixture.weights.base", "0.5"]], ids=str)
+@pytest.mark.parametrize(
+    "more", [[], ["--adaptation.solver", "dual"], ["--mixture.weights.base", "0.5", "--mixture.weights.mbpa", "0.5"]], ids=str
+)
 def test_every_expert_and_mixture_is_the_same_without_its_future(
     options: Options, trained_run: Path, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,7 +35,12 @@ class Chunk:
     stretch: Stretch | None = None  # None where no expert asked for a window
 
     def part(self, positions: slice | Tensor) -> "Chunk":
-        """Return some of the positions, without the slowly adapted layer."""
+        """Return some of the positions."""
+        slow = self.slow
+        if slow is not None:
+            slow = replace(
+                slow, log_probabilities=slow.log_probabilities[positions], log_partitions=slow.log_partitions[positions]
+            )
         return replace(
             self,
             inputs=self.inputs[positions],
@@ -43,7 +48,7 @@ class Chunk:
             base_log_probabilities=self.base_log_probabilities[positions],
             base_log_partitions=self.base_log_partitions[positions],
             neighbours=None if self.neighbours is None else self.neighbours.of(positions),
-            slow=None,
+            slow=slow,
             stretch=None if self.stretch is None or isinstance(positions, Tensor) else self.stretch.of(positions),
         )
 
@@ -57,6 +62,8 @@ class Expert(Protocol):
     needs_slow_weights: bool = False
     window: int = 0
     """How many of the stream's most recent entries it wants to see; 0 for none. It may be given more."""
+    learns: bool = False
+    """Whether it changes with the targets that it has predicted, so that a chunk cannot be given to it twice."""
     weight: float = 1.0
     """Its share where it predicts alone; the rest is the base model's, or, where it needs them, that of the slow weights."""
 

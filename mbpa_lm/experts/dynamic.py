@@ -10,6 +10,7 @@ class DynamicExpert(Expert):
     """A copy of the model that goes on learning; it reads the stream itself, and learns from each target once."""
 
     name = "dynamic"
+    learns = True
 
     def __init__(self, model: DynamicModel) -> None:
         self._model = model
