@@ -14,6 +14,7 @@ happens in between, the previous checkpoint is whole.
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,11 +32,14 @@ from mbpa_lm.config import Config, ModelConfig
 from mbpa_lm.data.tokenizers import Tokenizer, load_tokenizer
 from mbpa_lm.durable import file_hash, replace_json, sync, write_json
 from mbpa_lm.errors import CheckpointError, ConfigError, reason
-from mbpa_lm.models.build import Model, build_model
+from mbpa_lm.models.build import Model, build_model, check_sizes
 
 FORMAT = 1
 POINTER = "checkpoint.json"
 COUNTS = "training_token_counts"
+
+DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+"""What reading a file raises that is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -138,16 +142,23 @@ def load_checkpoint(path: Path, which: str = "best", with_position: bool = False
             )
         tensors = load_file(folder / "model.safetensors")
         counts = tensors.pop(COUNTS)
-        model = build_model(ModelConfig(**manifest["model"]), manifest["vocabulary_size"])
+        model_config = ModelConfig(**manifest["model"])
+        check_sizes(model_config, manifest["vocabulary_size"], tensors.values())
+        model = build_model(model_config, manifest["vocabulary_size"])
         _load_weights(model, tensors)
         position = None
         if with_position:
             values = json.loads((folder / "training.json").read_text())
+            if (
+                not all(isinstance(values[name], dict) for name in ("position", "optimizer", "training"))
+                or "seed" not in values
+            ):
+                raise ValueError("training.json does not say where training was")
             position = TrainingPosition(load_file(folder / "training.safetensors"), values)
         return Checkpoint(
             folder, model, tokenizer, counts, manifest["corpus"], manifest["files"]["model.safetensors"], position
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:
+    except (*DAMAGES, RuntimeError, SafetensorError, ConfigError) as error:
         raise CheckpointError(
             f"checkpoint {folder} is damaged or incomplete: {reason(error)}; use another checkpoint"
         ) from None
@@ -201,16 +212,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             manifest[key]
         manifest["tokenizer"]["settings"]
         return dict(manifest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGES as error:
         raise CheckpointError(f"checkpoint {folder} has no readable manifest.json ({error})") from None
 
 
 def _read_pointers(run_folder: Path) -> dict[str, str]:
     try:
-        return dict(json.loads((run_folder / POINTER).read_text()))
+        pointers = dict(json.loads((run_folder / POINTER).read_text()))
+        if not all(isinstance(name, str) and re.fullmatch(r"step-\d+", name) for name in pointers.values()):
+            raise ValueError("it does not name checkpoints")
+        return pointers
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError) as error:
+    except DAMAGES as error:
         raise CheckpointError(f"{run_folder / POINTER} cannot be read: {error}") from None
 
 

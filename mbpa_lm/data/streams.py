@@ -128,12 +128,16 @@ def _encode(
 def _read(path: Path, name: str, vocabulary_size: int) -> TokenStream:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"its tokens are said to be {manifest['dtype']!r}")
         dtypes = {"tokens": np.dtype(manifest["dtype"]), "characters": np.dtype("u2"), "words": np.dtype("u2")}
         arrays = {array: np.memmap(path / f"{array}.bin", dtype=dtypes[array], mode="r") for array in ARRAYS}
         starts = np.array(manifest["document_starts"], dtype=np.int64)
+        if starts.ndim != 1 or (np.diff(starts, prepend=-1, append=manifest["tokens"]) <= 0).any():
+            raise ValueError("its documents do not begin one after another")
         if {len(array) for array in arrays.values()} != {manifest["tokens"]}:
             raise ValueError("its arrays have other lengths than its manifest says")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"token file {path} is damaged ({error}); delete it and it will be built again") from None
     largest = int(arrays["tokens"].max())
     if largest >= vocabulary_size:

@@ -110,7 +110,8 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.load_from_serialized_proto(model)  # the constructor takes an empty model without a word
         self.vocabulary_size = self._processor.get_piece_size()
 
     @classmethod

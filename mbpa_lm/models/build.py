@@ -2,6 +2,9 @@
 
 from collections.abc import Collection
 
+import torch
+from torch import Tensor
+
 from mbpa_lm.config import ModelConfig
 from mbpa_lm.errors import ConfigError
 from mbpa_lm.models.lstm import LSTMLanguageModel
@@ -27,6 +30,25 @@ def build_model(config: ModelConfig, vocabulary_size: int) -> Model:
     if config.kind == "transformer":
         return TransformerLanguageModel.build(config, vocabulary_size)
     raise ConfigError(f"model.kind {config.kind!r} is none of lstm, transformer")
+
+
+def check_sizes(config: ModelConfig, vocabulary_size: int, weights: Collection[Tensor]) -> None:
+    """Raise ConfigError where a model of this configuration has not just as many numbers as the weights that it is to be given.
+
+    Nothing of the size that the configuration claims is allocated to find out.
+    """
+    numbers = sum(weight.numel() for weight in weights)
+    claimed = [vocabulary_size, config.hidden_size, config.embedding_size, *config.settings.values()]
+    if any(isinstance(size, int) and size > numbers for size in claimed) or config.layers > len(weights):
+        raise ConfigError(f"the configuration claims a larger model than {numbers:,} weights make")
+    with torch.device("meta"):
+        if config.kind == "lstm":
+            parameters: list[Tensor] = list(LSTMLanguageModel(config, vocabulary_size).parameters())
+        else:
+            parameters = TransformerLanguageModel.parameters_of(config, vocabulary_size, most_layers=len(weights))
+    found = sum(parameter.numel() for parameter in parameters)
+    if found != numbers:
+        raise ConfigError(f"the configuration is of a model of {found:,} weights, but there are {numbers:,}")
 
 
 def blocks_of(model: Model) -> Collection[str]:

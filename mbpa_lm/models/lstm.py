@@ -63,10 +63,11 @@ class LSTMLanguageModel(nn.Module):
         return ModelOutput(hidden.transpose(0, 1), tuple(new_state), self._penalty(raw, hidden))
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        weight, drop = self.embedding.weight, self.config.embedding_dropout
-        if self.training and drop > 0:
-            weight = weight * _mask((weight.shape[0], 1), drop, weight)
-        return nn.functional.embedding(tokens, weight)
+        vectors: Tensor = self.embedding(tokens)
+        if self.training and self.config.embedding_dropout > 0:
+            mask = _mask((self.vocabulary_size, 1), self.config.embedding_dropout, vectors)
+            vectors = vectors * mask[tokens]  # as if the words' rows were masked, without a copy of the table
+        return vectors
 
     def _drop_units(self, hidden: Tensor, drop: float) -> Tensor:
         if not self.training or drop == 0:

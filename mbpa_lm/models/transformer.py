@@ -54,16 +54,7 @@ class TransformerLanguageModel(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, vocabulary_size: int) -> "TransformerLanguageModel":
         """Build an untrained one; raises ConfigError where the settings do not make a model that can be trained here."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        try:
-            no_special_tokens = {"bos_token_id": None, "eos_token_id": None}  # the defaults are ids of other vocabularies
-            settings = AutoConfig.for_model(
-                config.architecture, **{"vocab_size": vocabulary_size, **no_special_tokens, **config.settings}
-            )
-            causal_lm = AutoModelForCausalLM.from_config(settings)
-        except Exception as error:  # each architecture has its own ways to reject a value
-            raise ConfigError(f"model.architecture {config.architecture!r} with model.settings: {reason(error)}") from None
+        causal_lm = _from_configuration(config, vocabulary_size)
         longest = positions_of(causal_lm)
         if longest is not None and longest < config.context_length:
             raise ConfigError(
@@ -79,6 +70,11 @@ class TransformerLanguageModel(nn.Module):
                 f"model.architecture {config.architecture!r} does more to its logits than a linear layer; train another one"
             )
         return model
+
+    @staticmethod
+    def parameters_of(config: ModelConfig, vocabulary_size: int, most_layers: int) -> list[Tensor]:
+        """Return the parameters that a model would have; raises ConfigError where it has too many layers, before it is made."""
+        return list(_from_configuration(config, vocabulary_size, most_layers).parameters())
 
     def output_layer(self) -> OutputLayer:
         return self.head.layer()
@@ -110,3 +106,18 @@ class TransformerLanguageModel(nn.Module):
     def _read(self, state: BlockState, tokens: Tensor) -> tuple[Tensor, BlockState]:
         output = self.head.base(input_ids=tokens, cache=state.cache, use_cache=True)
         return self.head.keys(output.last_hidden_state), BlockState(torch.cat([state.tokens, tokens], dim=1), state.cache)
+
+
+def _from_configuration(config: ModelConfig, vocabulary_size: int, most_layers: int | None = None) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        no_special_tokens = {"bos_token_id": None, "eos_token_id": None}  # the defaults are ids of other vocabularies
+        settings = AutoConfig.for_model(
+            config.architecture, **{"vocab_size": vocabulary_size, **no_special_tokens, **config.settings}
+        )
+        if most_layers is not None and settings.num_hidden_layers > most_layers:
+            raise ValueError(f"{settings.num_hidden_layers} layers of {most_layers} weights")
+        return AutoModelForCausalLM.from_config(settings)
+    except Exception as error:  # each architecture has its own ways to reject a value
+        raise ConfigError(f"model.architecture {config.architecture!r} with model.settings: {reason(error)}") from None
