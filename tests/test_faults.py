@@ -1,0 +1,293 @@
+"""What the machine, the disk and other processes can do to a run: what is kept, what is said, and the exit code.
+
+docs/reliability.md lists them.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from mbpa_lm import commands, memory_commands, tracking
+from mbpa_lm.durable import lock_open_file
+from mbpa_lm.experts.cache import CacheExpert
+from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.models.lstm import LSTMLanguageModel
+from mbpa_lm.out_of_memory import in_halves
+from mbpa_lm.training.run import TrainingRun
+
+Options = Callable[..., list[str]]
+KILLS = int(os.environ.get("MBPA_KILLS", "2"))
+
+
+def last_error(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+# --- other processes ---
+
+
+@pytest.mark.parametrize("job", ["train", "evaluate"])
+def test_a_second_writer_of_a_run_folder_is_refused(
+    options: Options, trained_run: Path, tmp_path: Path, job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "log.jsonl").open("a") as first:
+        lock_open_file(first)
+        arguments = options(tmp_path, *(["--checkpoint", str(trained_run)] if job == "evaluate" else []))
+        assert getattr(commands, job)(arguments) == 6
+        assert f"run.folder {tmp_path} is being written by another process; name another folder" in last_error(capsys)
+        assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    assert getattr(commands, job)(arguments) == 0  # and when the first is done, it is free
+
+
+@pytest.fixture
+def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Weights & Biases server that takes every connection and answers none."""
+    server = socket.create_server(("127.0.0.1", 0))
+    kept: list[socket.socket] = []
+
+    def accept() -> None:
+        while True:
+            try:
+                kept.append(server.accept()[0])
+            except OSError:
+                return
+
+    threading.Thread(target=accept, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    yield
+    server.close()
+
+
+def test_a_tracker_that_never_answers_stops_nothing(
+    options: Options, tmp_path: Path, silent_server: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "LONGEST_ANSWER", 3.0)
+    started = time.monotonic()
+    assert commands.train(options(tmp_path / "run", "--tracking.mode", "online", "--training.epochs", "1")) == 0
+    assert time.monotonic() - started < 60
+    assert "Weights & Biases is not available" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert any("valid/loss" in record for record in records)
+
+
+# --- memory ---
+
+
+def test_a_chunk_that_memory_is_too_short_for_is_halved(
+    options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(trained_run), "--experts", "base,cache", "--evaluation.max_tokens", "200"]
+    assert commands.evaluate(options(tmp_path / "enough", *arguments)) == 0
+    forward, targets = LSTMLanguageModel.forward, CacheExpert.target_log_probabilities
+
+    def short_of_memory(self: LSTMLanguageModel, tokens: Tensor, state: object = None) -> object:
+        if tokens.shape[1] > 50:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return forward(self, tokens, state)  # type: ignore[arg-type]
+
+    def short_too(self: CacheExpert, chunk: object, wanted: Tensor) -> Tensor:
+        if len(wanted) > 20:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        return targets(self, chunk, wanted)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LSTMLanguageModel, "forward", short_of_memory)
+    monkeypatch.setattr(CacheExpert, "target_log_probabilities", short_too)
+    capsys.readouterr()
+    assert commands.evaluate(options(tmp_path / "short", *arguments)) == 0
+    said = capsys.readouterr().out
+    assert "out of memory for the model on 200 positions at once: going on with 100" in said
+    assert "out of memory for expert cache-100 on" in said
+    enough, short = (load_file(tmp_path / run / "losses.safetensors") for run in ("enough", "short"))
+    for name in ("base", "cache-100", "cache-5000"):
+        np.testing.assert_allclose(short[name], enough[name], atol=1e-5)
+
+
+def test_where_one_position_is_too_much_it_is_said_in_one_line(
+    options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(self: LSTMLanguageModel, tokens: Tensor, state: object = None) -> object:
+        raise MemoryError("no room for an LSTM")
+
+    monkeypatch.setattr(LSTMLanguageModel, "forward", never)
+    assert commands.evaluate(options(tmp_path, "--checkpoint", str(trained_run), "--experts", "base")) == 10
+    message = (
+        "error: out of memory (no room for an LSTM); make training.batch_size, evaluation.chunk_length or memory.size smaller"
+    )
+    assert message in capsys.readouterr().err
+
+
+def test_halves_are_done_once_each_and_in_order() -> None:
+    done: list[int] = []
+
+    def work(part: slice) -> None:
+        if part.stop - part.start > 3:
+            raise MemoryError
+        done.extend(range(part.start, part.stop))
+
+    in_halves(work, 17, "a test")
+    assert done == list(range(17))
+    with pytest.raises(RuntimeError, match="another"):
+        in_halves(lambda part: (_ for _ in ()).throw(RuntimeError("another")), 4, "a test")
+
+
+# --- the disk ---
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A read-only file system, as root may write into any folder."""
+    real = Path.mkdir
+
+    def mkdir(self: Path, *arguments: object, **more: object) -> None:
+        if self == tmp_path / "run":
+            raise OSError(30, os.strerror(30))
+        real(self, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert commands.train(options(tmp_path / "run")) == 6
+    assert "cannot be written: Read-only file system; name another folder" in last_error(capsys)
+
+
+@pytest.mark.parametrize("fate", ["deleted", "truncated"])
+def test_a_token_file_that_goes_away_while_it_is_read_is_built_again(
+    options: Options, tmp_path: Path, fate: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = tmp_path / "tokens"
+    step = TrainingRun._step
+    files: list[Path] = []
+
+    def step_and_lose(run: TrainingRun, *batch: object) -> float:
+        if run.position.step == 3 and not files:
+            files.extend(tokens.glob("*-train-*/tokens.bin"))
+            for file in files:
+                file.unlink()  # what is mapped stays until it is closed
+                if fate == "truncated":
+                    file.write_bytes(b"\0" * 10)
+        return step(run, *batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingRun, "_step", step_and_lose)
+    arguments = ["--data.token_folder", str(tokens), "--training.epochs", "1"]
+    assert commands.train(options(tmp_path / "one", *arguments)) == 0
+    assert files
+    capsys.readouterr()
+    assert commands.train(options(tmp_path / "two", *arguments)) == 3
+    error = last_error(capsys)
+    assert "delete it and it will be built again" in error
+    folder = re.search(r"token file (\S+) is damaged", error)
+    assert folder is not None
+    for file in Path(folder[1]).iterdir():
+        file.unlink()
+    Path(folder[1]).rmdir()
+    assert commands.train(options(tmp_path / "two", *arguments)) == 0
+
+
+# --- the clock and signals ---
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(
+    options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [2e9]
+
+    def backwards() -> float:
+        now[0] -= 3600
+        return now[0]
+
+    arguments = ["--checkpoint", str(trained_run), "--experts", "base,mbpa", "--evaluation.max_tokens", "100"]
+    assert commands.evaluate(options(tmp_path / "forwards", *arguments)) == 0
+    monkeypatch.setattr(time, "time", backwards)
+    assert commands.train(options(tmp_path / "run", "--training.epochs", "1")) == 0
+    assert commands.evaluate(options(tmp_path / "backwards", *arguments)) == 0
+    metrics = json.loads((tmp_path / "backwards" / "metrics.json").read_text())
+    assert all(values["seconds"] > 0 for values in metrics["experts"].values())
+    one, two = (load_file(tmp_path / run / "losses.safetensors") for run in ("forwards", "backwards"))
+    np.testing.assert_array_equal(one["mbpa"], two["mbpa"])
+
+
+def _evaluate(arguments: list[str]) -> None:
+    raise SystemExit(commands.evaluate(arguments))
+
+
+def _remember(arguments: list[str]) -> None:
+    raise SystemExit(memory_commands.memory(arguments))
+
+
+def _interrupt(target: Callable[[list[str]], None], arguments: list[str], number: signal.Signals, seconds: float) -> int | None:
+    context = multiprocessing.get_context("forkserver")  # it has imported everything, and never run anything
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=target, args=(arguments,), daemon=True)
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        assert process.pid is not None
+        os.kill(process.pid, number)
+    process.join(60)
+    return process.exitcode
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_whenever_an_evaluation_is_stopped_its_results_are_whole_or_the_earlier_ones(
+    options: Options, trained_run: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    arguments = options(tmp_path / "scored", "--checkpoint", str(trained_run), "--run.threads", "1")
+    assert commands.evaluate(arguments) == 0
+    earlier = load_file(tmp_path / "scored" / "losses.safetensors")
+    generator = random.Random(KILLS)
+    for _ in range(KILLS):
+        ended = _interrupt(_evaluate, arguments, number, generator.uniform(0.5, 6.0))
+        assert ended in (0, code, -number, *([1] if number == signal.SIGINT else []))  # the last two before it has begun
+        json.loads((tmp_path / "scored" / "metrics.json").read_text())
+        now = load_file(tmp_path / "scored" / "losses.safetensors")
+        assert all(np.array_equal(earlier[name], values) for name, values in now.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_whenever_a_memory_build_is_stopped_the_same_command_goes_on(
+    options: Options, trained_run: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    def arguments(folder: Path) -> list[str]:
+        return ["build", *options(tmp_path / "run", "--checkpoint", str(trained_run), "--output", str(folder))]
+
+    assert memory_commands.memory(arguments(tmp_path / "whole")) == 0
+    generator = random.Random(KILLS)
+    for _ in range(KILLS):
+        _interrupt(_remember, arguments(tmp_path / "broken"), number, generator.uniform(0.2, 4.0))
+    assert memory_commands.memory(arguments(tmp_path / "broken")) == 0
+    whole, broken = (Datastore.open(tmp_path / name) for name in ("whole", "broken"))
+    assert broken.damaged() is None
+    assert len(whole) == len(broken)
+    one, two = (store.entries_between(0, len(store))[0] for store in (whole, broken))
+    assert torch.equal(one.keys, two.keys)
+    assert torch.equal(one.values, two.values)
+
+
+def test_a_fault_of_the_package_is_one_line_and_a_traceback_on_demand(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> float:
+        return [][1]
+
+    monkeypatch.setattr(TrainingRun, "_step", broken)
+    assert commands.train(options(tmp_path / "one")) == 70
+    assert re.search(r"^error: IndexError at test_faults\.py:\d+: list index out of range; this is a fault", last_error(capsys))
+    assert commands.train(options(tmp_path / "two", "--debug")) == 70
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
