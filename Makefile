@@ -1,5 +1,7 @@
 # make demo    train a small LSTM on Python's own documentation and show what a memory gives it
 # make test    the test suite
+# make soak    a million tokens through one window, and kills at random moments: half an hour
+# make fuzz    strangers' files for every parser: RUNS executions each (RUNS=100000), some minutes
 # make results RESULTS.md from the run folders in results/
 # make lint    style and types
 # make setup   the environment alone (.venv); the others call it
@@ -7,10 +9,11 @@
 PYTHON ?= python3
 REQUIREMENTS ?= requirements.txt
 TORCH_INDEX ?=
+RUNS ?= 100000
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(REQUIREMENTS)
 
-.PHONY: demo test lint results setup clean
+.PHONY: demo test soak fuzz lint results setup clean
 
 demo: setup
 	$(BIN)/python train.py --config configs/demo.yaml --resume
@@ -18,6 +21,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+soak: setup
+	$(BIN)/python benchmarks/soak.py --output runs/soak.json
+	$(BIN)/python benchmarks/long_text.py --output runs/long_text.json
+	MBPA_KILLS=50 $(BIN)/python -m pytest -k "stopped or killed" tests/test_faults.py tests/training tests/memory
+
+fuzz: setup
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet atheris
+	$(BIN)/python -m tests.fuzz --runs $(RUNS) --output runs/fuzz.json
 
 lint: setup
 	$(BIN)/ruff check .

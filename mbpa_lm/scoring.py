@@ -60,8 +60,9 @@ def score_stream(
     """
     guard = guard or Guard()
     count = len(tokens) - 1
-    losses, components = ({expert.name: np.empty(count, dtype=np.float32) for expert in experts} for _ in range(2))
-    scores = StreamScores(losses, components, np.zeros((count, len(FEATURES)), dtype=np.float32))
+    # Written to at once, so that what will not fit fails now and not at the end.
+    losses, components = ({expert.name: np.full(count, np.nan, dtype=np.float32) for expert in experts} for _ in range(2))
+    scores = StreamScores(losses, components, np.full((count, len(FEATURES)), 0, dtype=np.float32))
     neighbours = max(expert.neighbours for expert in experts)
     directions = principal_directions(model.output_layer().weight) if len(experts) > 1 else None
     # A memory that searches what the caches look at needs no products of its own.

@@ -138,12 +138,23 @@ def read_index(path: Path, record: IndexRecord, hidden_size: int, frugal: bool =
     try:
         if path.is_symlink():
             raise RuntimeError("it is a link")
-        index = faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE if frugal else 0)
+        _allow_no_more_than(path.stat().st_size)
+        index = faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
         if (index.d, index.ntotal) != (hidden_size, record.entries) or not _is_plain(index, record.kind):
             raise RuntimeError("it is another index than was recorded")
+        if isinstance(index, faiss.IndexIVFPQ) and not frugal:
+            index.use_precomputed_table = 0  # FAISS decides, now that the file is known to be what it should be
+            index.precompute_table()
         return index
-    except RuntimeError as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         raise DatastoreError(f"{path} cannot be read: {reason(error)}; make it again with mbpa-memory index") from None
+
+
+def _allow_no_more_than(size: int) -> None:
+    """Have FAISS refuse a file that claims to hold more than it does, before it makes room for that."""
+    for limit in ("set_deserialization_vector_byte_limit", "set_deserialization_loop_limit"):
+        if hasattr(faiss, limit):  # older versions have none
+            getattr(faiss, limit)(size)
 
 
 def _is_plain(index: Any, kind: IndexKind) -> bool:
