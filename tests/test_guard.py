@@ -13,17 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mbpa_lm import commands
+from mbpa_lm.adaptation.slow_weights import GradientScale, SlowRule, SlowWeights
 from mbpa_lm.config import AdaptationConfig
 from mbpa_lm.errors import NumericalError
 from mbpa_lm.experts.base import Chunk
 from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.cache import CacheExpert
+from mbpa_lm.experts.knn import KnnExpert
 from mbpa_lm.experts.mbpa import MbpaExpert
+from mbpa_lm.experts.persistent import PersistentExpert
 from mbpa_lm.guard import Guard
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.base import ModelOutput, OutputLayer
 from mbpa_lm.resources import make_history
 from mbpa_lm.scoring import score_stream
+from tests.conftest import ListedStore
 
 Options = Callable[..., list[str]]
 
@@ -122,12 +126,27 @@ def test_an_adaptation_that_diverges_is_counted_where_it_is_asked_for(
     assert "mbpa gave no probability at" in capsys.readouterr().out
 
 
+def store_of(layer: OutputLayer) -> ListedStore:
+    """A training text of four entries."""
+    vocabulary, d = layer.weight.shape
+    return ListedStore(torch.randn(4, d, generator=torch.Generator().manual_seed(1)), torch.arange(4) % vocabulary)
+
+
+def slow_weights(layer: OutputLayer) -> SlowWeights:
+    scale = GradientScale(torch.ones(layer.weight.shape), torch.ones(len(layer.weight)))
+    return SlowWeights(layer.weight, layer.bias, SlowRule(5, 1e-3, 1e-3, 1.0), scale)
+
+
 EXPERTS: dict[str, Callable[[OutputLayer], object]] = {
     "base": lambda layer: BaseModelExpert(),
     "mbpa": lambda layer: MbpaExpert(layer, AdaptationConfig(steps=3, alpha=0.02), 4),
     "mbpa, dual": lambda layer: MbpaExpert(layer, AdaptationConfig(steps=3, alpha=0.02, solver="dual"), 4),
     "mbpa, gaussian": lambda layer: MbpaExpert(layer, AdaptationConfig(steps=2, alpha=0.02, kernel="gaussian"), 4),
+    "persistent": lambda layer: PersistentExpert(),
+    "mbpa+persistent": lambda layer: MbpaExpert(layer, AdaptationConfig(steps=3, alpha=0.02), 4, from_slow_weights=True),
     "cache": lambda layer: CacheExpert(10, 0.1, 0.2),
+    "knn": lambda layer: KnnExpert(store_of(layer), 3, 1.0, 0.3, grows=False),
+    "knn that grows": lambda layer: KnnExpert(store_of(layer), 3, 1.0, 0.3, grows=True),
 }
 
 
@@ -148,8 +167,9 @@ def test_whatever_an_expert_is_given_its_predictions_are_probabilities(name: str
     experts = [BaseModelExpert()] if name == "base" else [BaseModelExpert(), expert]
     memory = window(model, data.draw(st.sampled_from([1, 5, 50])))
     history = make_history(experts, model)
+    slow = slow_weights(layer) if "persistent" in name else None
     guard = Guard(inspected=range(len(tokens)))
-    scores = score_stream(model, tokens, experts, memory, data.draw(st.sampled_from([1, 7, 64])), None, history, guard=guard)
+    scores = score_stream(model, tokens, experts, memory, data.draw(st.sampled_from([1, 7, 64])), slow, history, guard=guard)
     for losses in scores.losses.values():
         assert np.isfinite(losses).all()
         assert (losses >= 0).all()
