@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/python evaluate.py --config configs/demo.yaml --checkpoint runs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 soak: setup
 	$(BIN)/python benchmarks/soak.py --output runs/soak.json
