@@ -1,19 +1,16 @@
 """Evaluation: a checkpoint and a held-out text in, metrics.json and a table out."""
 
-import shlex
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from mbpa_lm.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint, training_record
+from mbpa_lm.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint
 from mbpa_lm.config import Config, RemoteConfig
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
@@ -26,9 +23,8 @@ from mbpa_lm.features import FEATURES
 from mbpa_lm.figures import write_figures
 from mbpa_lm.gate import GateRule, OnlineGate
 from mbpa_lm.guard import Guard
-from mbpa_lm.machine import code_commit, describe_machine, peak_gpu_memory_bytes, peak_memory_bytes
-from mbpa_lm.metrics import SEGMENTS, Targets, perplexity, summarize
-from mbpa_lm.mixed_scores import UNIFORM, MixedScores, mixed_scores
+from mbpa_lm.metrics import perplexity
+from mbpa_lm.mixed_scores import UNIFORM, mixed_scores
 from mbpa_lm.pretrained import pretrained_checkpoint
 from mbpa_lm.processes import Processes
 from mbpa_lm.progress import ProgressBar, console, token_progress
@@ -42,6 +38,7 @@ from mbpa_lm.resources import (
     make_slow_weights,
     own_corpus,
 )
+from mbpa_lm.run_metrics import gate_metrics, log_metrics, run_metrics
 from mbpa_lm.scoring import StreamScores, score_stream
 from mbpa_lm.tracking import RunLog
 from mbpa_lm.tuned import Tuned, load_tuned, save_tuned
@@ -91,15 +88,15 @@ def evaluate(
             else:
                 scored = one_pass.over(stream, experts, progress)
         verified = _verify(one_pass, streams[0], scored, verified_positions) if verified_positions else []
-        metrics = _metrics(config, checkpoint, stream, streams, scored) | {"verified_positions": verified}
+        metrics = run_metrics(config, checkpoint, stream, streams, scored) | {"verified_positions": verified}
         metrics |= {"remembered_before": one_pass.remembered_before, "read_before_by": read_by}
         metrics |= {"independent_documents": len(streams) if config.evaluation.independent else 0, "processes": processes.count}
         if scored.mixed is not None:
-            metrics["gate"] = _gate_metrics(scored.mixed, names)
+            metrics["gate"] = gate_metrics(scored.mixed, names)
         metrics["tuned_on"] = None if tuned is None else {"stream": tuned.stream, "losses": tuned.losses}
         if processes.is_first:
             path = write_results(Path(config.run.folder), metrics, scored.scores)
-            _log_metrics(log, metrics)
+            log_metrics(log, metrics)
             log.show(write_figures(Path(config.run.folder), metrics))
             print_tables(metrics)
             console.print(f"written to {path}")
@@ -253,74 +250,3 @@ def _open_stream(config: Config, checkpoint: Checkpoint) -> tuple[TokenStream, s
 def _tokenize(config: Config, checkpoint: Checkpoint, corpus: Corpus, split: str) -> TokenStream:
     with token_progress(f"tokenizing {corpus.name} {split}") as progress:
         return open_stream(corpus, split, checkpoint.tokenizer, Path(config.data.token_folder), progress)
-
-
-def _metrics(
-    config: Config,
-    checkpoint: Checkpoint,
-    stream: TokenStream,
-    streams: Sequence[TokenStream],
-    scored: Scored,
-) -> dict[str, Any]:
-    """Return the report of `stream`, scored as one or as several `streams`."""
-    counts, scores, details = checkpoint.token_counts.numpy(), scored.scores, scored.details
-    targets = Targets.joined([Targets.of(part, counts) for part in streams])
-    experts = {}
-    for name, losses in scores.losses.items():
-        seconds = scores.seconds[name]
-        speed = {"seconds": seconds, "tokens_per_second": len(losses) / seconds}
-        experts[name] = {**summarize(losses, targets), **speed, **details.get(name, {})}
-    return {
-        "experts": experts,
-        "stream": {
-            "name": stream.name,
-            "tokens": len(stream),
-            "scored": sum(len(part) - 1 for part in streams),
-            "words": targets.words,
-            "characters": targets.characters,
-            "documents": len(stream.document_starts),
-        },
-        "peak_memory_bytes": peak_memory_bytes(),
-        "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
-        "checkpoint": {
-            "folder": str(checkpoint.folder),
-            "fingerprint": checkpoint.fingerprint,
-            "trained": training_record(checkpoint.folder),
-        },
-        "parameters": sum(parameter.numel() for parameter in checkpoint.model.parameters()),
-        "seconds": sum(scores.part_seconds.values()),
-        "command": shlex.join(sys.argv),
-        "commit": code_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(checkpoint.model.output_layer().weight.device),
-        "config": asdict(config),
-    }
-
-
-def _gate_metrics(mixed: MixedScores, experts: Sequence[str]) -> dict[str, Any]:
-    """Return the gate's mean weights, and along the stream, and what it would be without each expert."""
-    names = [*experts, UNIFORM]
-    along = np.stack([part.mean(axis=0) for part in np.array_split(mixed.gate_weights, SEGMENTS) if len(part)])
-    return {
-        "weights": dict(zip(names, mixed.gate_weights.mean(axis=0).tolist(), strict=True)),
-        "weights_along_stream": dict(zip(names, along.T.tolist(), strict=True)),
-        "best_fixed_weights_in_hindsight": {"nats_per_token": mixed.best_fixed, "perplexity": perplexity(mixed.best_fixed)},
-        "with_a_noise_expert": {"nats_per_token": mixed.with_noise, "perplexity": perplexity(mixed.with_noise)},
-        "without": {name: {"nats_per_token": loss, "perplexity": perplexity(loss)} for name, loss in mixed.without.items()},
-    }
-
-
-def _log_metrics(log: RunLog, metrics: dict[str, Any]) -> None:
-    shown = ("perplexity", "bits_per_token", "bits_per_word", "bits_per_character", "tokens_per_second")
-    final = {f"{name}/{key}": values[key] for name, values in metrics["experts"].items() for key in shown}
-    curves = {name: values["along_stream"] for name, values in metrics["experts"].items()}
-    for segment in range(len(curves["base"])):
-        log.write({"step": segment, **{f"stream/{name}": parts[segment]["perplexity"] for name, parts in curves.items()}})
-    experts = metrics["experts"]
-    rows = [[name, *(values[key] for key in shown)] for name, values in experts.items()]
-    log.show_table("experts", ["expert", *shown], rows)
-    for measure in (name for name in experts["base"] if name.startswith("by_")):
-        groups = list(experts["base"][measure])
-        perplexities = [[name, *(values[measure][group]["perplexity"] for group in groups)] for name, values in experts.items()]
-        log.show_table(measure, ["expert", *groups], perplexities)
-    log.summarize(final)
