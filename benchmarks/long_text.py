@@ -1,6 +1,6 @@
 """A text of 100 million generated tokens through `train.py` and `evaluate.py`: is memory bounded, does the loader keep up?
 
-    python benchmarks/long_text.py --output runs/long_text.json            # 100 million tokens, and 10 that are evaluated
+    python benchmarks/long_text.py --output runs/long_text.json            # 100 million tokens, and 2 that are evaluated
     python benchmarks/long_text.py --quick --output runs/long_text.json    # 2 million
 
 Words come from a Zipf distribution over 10,000. A small LSTM reads all of it once, in batches of 256 x 50, and is then
@@ -69,7 +69,7 @@ def loader_speed(token_folder: Path) -> float:
 def measure(tokens: int, folder: Path) -> dict[str, Any]:
     text, run = folder / "text", folder / "run"
     text.mkdir()
-    for seed, (split, count) in enumerate({"train": tokens, "valid": 200_000, "test": tokens // 10}.items()):
+    for seed, (split, count) in enumerate({"train": tokens, "valid": 200_000, "test": tokens // 50}.items()):
         generate(text / f"{split}.txt", count, seed)
     options = ["--data.corpus", "text", "--data.path", str(text), "--data.token_folder", str(folder / "tokens")]
     options += ["--tracking.mode", "disabled", "--model.hidden_size", "64", "--model.layers", "1"]
