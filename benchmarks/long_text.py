@@ -3,7 +3,7 @@
     python benchmarks/long_text.py --output runs/long_text.json            # 100 million tokens, and 2 that are evaluated
     python benchmarks/long_text.py --quick --output runs/long_text.json    # 2 million
 
-Words come from a Zipf distribution over 10,000. A small LSTM reads all of it once, in batches of 256 x 50, and is then
+Words come from a Zipf distribution over 10,000. A small LSTM reads all of it once, in batches of 512 x 50, and is then
 evaluated (`base` alone). Both are the commands that a user would type, in processes whose resident memory is read ten times a
 second; it counts the pages of mapped token files that are in memory, though the system may take those back. "loader" reads
 the same batches from the same token file with nothing else to do.
@@ -28,7 +28,7 @@ from mbpa_lm.data.streams import SequenceBatches
 from mbpa_lm.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
-VOCABULARY, WORDS_A_LINE, BATCH, LENGTH = 10_000, 25, 256, 50
+VOCABULARY, WORDS_A_LINE, BATCH, LENGTH = 10_000, 25, 512, 50
 
 
 def generate(path: Path, tokens: int, seed: int) -> None:
@@ -72,9 +72,9 @@ def measure(tokens: int, folder: Path) -> dict[str, Any]:
     for seed, (split, count) in enumerate({"train": tokens, "valid": 200_000, "test": tokens // 50}.items()):
         generate(text / f"{split}.txt", count, seed)
     options = ["--data.corpus", "text", "--data.path", str(text), "--data.token_folder", str(folder / "tokens")]
-    options += ["--tracking.mode", "disabled", "--model.hidden_size", "64", "--model.layers", "1"]
+    options += ["--tracking.mode", "disabled", "--model.hidden_size", "32", "--model.layers", "1"]
     training = ["--training.batch_size", str(BATCH), "--training.sequence_length", str(LENGTH), "--training.epochs", "1"]
-    training += ["--training.sampled_words", "500", "--run.folder", str(run)]
+    training += ["--training.sampled_words", "128", "--run.folder", str(run)]
     seconds, resident = watched(["train.py", *options, *training])
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     speed = next(record["train/tokens_per_second"] for record in records if "epoch" in record)
