@@ -149,11 +149,9 @@ def load_checkpoint(path: Path, which: str = "best", with_position: bool = False
         position = None
         if with_position:
             values = json.loads((folder / "training.json").read_text())
-            if (
-                not all(isinstance(values[name], dict) for name in ("position", "optimizer", "training"))
-                or "seed" not in values
-            ):
-                raise ValueError("training.json does not say where training was")
+            parts = ("position", "optimizer", "training")
+            if not isinstance(values, dict) or "seed" not in values or not all(isinstance(values.get(x), dict) for x in parts):
+                raise CheckpointError(f"{folder} cannot be resumed: its training state is damaged (training.json lacks a part)")
             position = TrainingPosition(load_file(folder / "training.safetensors"), values)
         return Checkpoint(
             folder, model, tokenizer, counts, manifest["corpus"], manifest["files"]["model.safetensors"], position

@@ -64,8 +64,16 @@ def change_a_word(folder: Path) -> None:
 
 
 def other_weights(folder: Path) -> None:
+    replace_embedding(folder, lambda weight: torch.zeros(3, 4))
+
+
+def turned_weights(folder: Path) -> None:
+    replace_embedding(folder, lambda weight: weight.T.contiguous())
+
+
+def replace_embedding(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     tensors = load_file(folder / "model.safetensors")
-    tensors["embedding.weight"] = torch.zeros(3, 4)
+    tensors["embedding.weight"] = change(tensors["embedding.weight"])
     save_file(tensors, folder / "model.safetensors")
     hashes = {name: file_hash(folder / name) for name in ("model.safetensors",)}
     rewrite_manifest(folder, files=hashes)
@@ -81,7 +89,8 @@ def other_weights(folder: Path) -> None:
         (lambda folder: rewrite_manifest(folder, model={"kind": "rnn9"}), "damaged or incomplete"),
         (change_a_word, r"the tokenizer in .* is [0-9a-f]{12}, but the model was trained with [0-9a-f]{12}"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "the tokenizer in .* cannot be read"),
-        (other_weights, r"of another model: embedding\.weight is \(3, 4\)"),
+        (other_weights, "the configuration is of a model of [0-9,]+ weights, but there are [0-9,]+"),
+        (turned_weights, r"of another model: embedding\.weight is \(16, \d+\), not \(\d+, 16\)"),
     ],
 )
 def test_damage_is_reported_in_one_line(run: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -110,7 +119,8 @@ def test_a_folder_without_a_checkpoint_says_what_to_give(tmp_path: Path) -> None
 
 def test_a_pointer_leads_nowhere_outside_the_run(run: Path) -> None:
     (run / "checkpoint.json").write_text(json.dumps({"best": "../../../etc", "last": "../../../etc"}))
-    assert find_checkpoint(run) == run / "checkpoints" / "etc"
+    with pytest.raises(CheckpointError, match="cannot be read: it does not name checkpoints"):
+        find_checkpoint(run)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(options: Options, run: Path) -> None:
