@@ -40,8 +40,8 @@ from mbpa_lm.models.build import build_model
 from mbpa_lm.processes import Processes
 from mbpa_lm.training.chunked_softmax import chunked_cross_entropy
 from mbpa_lm.training.objective import TrainingObjective
-from mbpa_lm.training.optimization import build_optimizer
-from mbpa_lm.training.precision import choose_precision, loss_scale
+from mbpa_lm.training.optimization import build_optimizer, take_step
+from mbpa_lm.training.precision import choose_precision
 from mbpa_lm.training.sampled_softmax import inclusion_probabilities, sampled_cross_entropy
 
 Row = dict[str, Any]
@@ -151,18 +151,13 @@ def our_step(case: Case, model: Any, precision: str, batches: SequenceBatches) -
     inclusion = inclusion_probabilities(counts, case.sampled_words) if case.sampled_words else None
     objective = TrainingObjective(model, inclusion, precision, processes).train()
     optimizer, source = build_optimizer(model, training), forever(batches)
-    scale, state = loss_scale(precision, processes.device), None
+    state = None
 
     def step() -> None:
         nonlocal state
         tokens, targets = (part.to(processes.device) for part in next(source))
         output = objective(tokens, targets, state if model.carries_state_in_training else None)
-        optimizer.zero_grad(set_to_none=True)
-        ((output.loss + output.penalty) * scale).backward()
-        if scale != 1:
-            torch._foreach_div_([weight.grad for weight in model.parameters()], scale)
-        processes.shorten_gradients(model, training.gradient_norm)
-        optimizer.step()
+        take_step(model, optimizer, output.loss + output.penalty, precision, training.gradient_norm, processes)
         state = output.state
         output.loss.item()
 

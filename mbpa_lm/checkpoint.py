@@ -31,15 +31,12 @@ from torch import Tensor
 from mbpa_lm.config import Config, ModelConfig
 from mbpa_lm.data.tokenizers import Tokenizer, load_tokenizer
 from mbpa_lm.durable import file_hash, replace_json, sync, write_json
-from mbpa_lm.errors import CheckpointError, ConfigError, reason
+from mbpa_lm.errors import DAMAGES, CheckpointError, ConfigError, reason
 from mbpa_lm.models.build import Model, build_model, check_sizes
 
 FORMAT = 1
 POINTER = "checkpoint.json"
 COUNTS = "training_token_counts"
-
-DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
-"""What reading a file raises that is not what it should be."""
 
 
 @dataclass(frozen=True)

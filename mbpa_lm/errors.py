@@ -9,6 +9,9 @@ from collections.abc import Collection
 
 LONGEST_REASON = 300
 
+DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+"""What reading a file raises that is not what it should be."""
+
 
 class MbpaError(Exception):
     """Base of every error that this package raises on bad input."""

@@ -117,6 +117,7 @@ class _Pass:
     ) -> Scored:
         """Score a stream with experts that have not seen another; look at their whole distributions at some positions."""
         config, checkpoint, model = self.config, self.checkpoint, self.checkpoint.model
+        guard = Guard(config.evaluation.on_error == "base", inspected)
         with ExitStack() as closing:
             metric = None if self.tuned is None else self.tuned.metric_tensor()
             memory = make_memory(config, checkpoint, metric, closing)
@@ -130,7 +131,7 @@ class _Pass:
                 make_slow_weights(config, checkpoint, experts),
                 make_history(experts, model),
                 self._show(progress),
-                guard := Guard(config.evaluation.on_error == "base", inspected),
+                guard,
             )
         details = {expert.name: expert.details() for expert in experts}
         for name, count in guard.fallen_back.items():

@@ -20,7 +20,7 @@ import numpy as np
 
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.tokenizers import Tokenizer, words_up_to
-from mbpa_lm.errors import DataError
+from mbpa_lm.errors import DAMAGES, DataError
 
 FORMAT = 1
 ARRAYS = ("tokens", "characters", "words")
@@ -137,7 +137,7 @@ def _read(path: Path, name: str, vocabulary_size: int) -> TokenStream:
             raise ValueError("its documents do not begin one after another")
         if {len(array) for array in arrays.values()} != {manifest["tokens"]}:
             raise ValueError("its arrays have other lengths than its manifest says")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except DAMAGES as error:
         raise DataError(f"token file {path} is damaged ({error}); delete it and it will be built again") from None
     largest = int(arrays["tokens"].max())
     if largest >= vocabulary_size:

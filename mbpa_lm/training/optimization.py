@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, AdamW, Optimizer
 
 from mbpa_lm.config import TrainingConfig
-from mbpa_lm.processes import sharded_like
+from mbpa_lm.processes import Processes, sharded_like
+from mbpa_lm.training.precision import loss_scale
 
 NOT_YET = 10**12
 """Step at which ASGD would start to average if validation never stopped improving."""
@@ -48,6 +49,20 @@ def _factor(done: float, schedule: str, warmup: float) -> float:
 def _cosine(fall: float) -> float:
     """Fall from 1 to 0 along half a cosine."""
     return (1 + math.cos(math.pi * fall)) / 2
+
+
+def take_step(
+    model: nn.Module, optimizer: Optimizer, loss: Tensor, precision: str, longest: float, processes: Processes
+) -> float:
+    """Step down the gradient of a loss (), shortened to `longest` (0: never), and return how long it was before."""
+    scale = loss_scale(precision, processes.device)
+    optimizer.zero_grad(set_to_none=True)
+    (loss * scale).backward()
+    if scale != 1:
+        torch._foreach_div_([weight.grad for weight in model.parameters() if weight.grad is not None], scale)
+    norm = processes.shorten_gradients(model, longest or math.inf)
+    optimizer.step()
+    return norm
 
 
 def start_averaging(optimizer: Optimizer) -> None:

@@ -38,9 +38,9 @@ from mbpa_lm.progress import ProgressBar, console, token_progress
 from mbpa_lm.tracking import RunLog
 from mbpa_lm.training.hebbian import HebbianRule
 from mbpa_lm.training.objective import TrainingObjective
-from mbpa_lm.training.optimization import averaged_weights, build_optimizer, learning_rate, start_averaging
+from mbpa_lm.training.optimization import averaged_weights, build_optimizer, learning_rate, start_averaging, take_step
 from mbpa_lm.training.position import Position
-from mbpa_lm.training.precision import choose_precision, loss_scale
+from mbpa_lm.training.precision import choose_precision
 from mbpa_lm.training.resume import checkpoint_to_resume
 from mbpa_lm.training.sampled_softmax import inclusion_probabilities
 from mbpa_lm.training.saved_state import pack, restore
@@ -247,13 +247,8 @@ class TrainingRun:
         state = self.state if self.model.carries_state_in_training else None
         tokens, next_tokens = (torch.from_numpy(part[self.rows]).to(device) for part in (inputs, targets))
         output = self.objective(tokens, next_tokens, state)
-        self.optimizer.zero_grad(set_to_none=True)
-        scale = loss_scale(position.precision, device)
-        ((output.loss + output.penalty) * scale).backward()
-        if scale != 1:
-            torch._foreach_div_([weight.grad for weight in self.model.parameters() if weight.grad is not None], scale)
-        self.gradient_norm = self.processes.shorten_gradients(self.model, training.gradient_norm or math.inf)
-        self.optimizer.step()
+        loss, longest = output.loss + output.penalty, training.gradient_norm
+        self.gradient_norm = take_step(self.model, self.optimizer, loss, position.precision, longest, self.processes)
         if training.hebbian_limit:
             self.hebbian.move_rows(self.model.output_layer().weight, output.hidden_states, next_tokens.flatten())
         self.state = output.state
