@@ -165,12 +165,17 @@ def _termination_as_error() -> Iterator[None]:
 
 
 def prepare_machine(config: Config, keep_memory: bool = True) -> None:
-    """Set threads and the C library up, freed memory kept or not; raises ConfigError where a CUDA device is not there."""
+    """Set threads and the C library up, freed memory kept or not, and what is said where a mapped file is lost.
+
+    Raises ConfigError where a CUDA device is not there.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
     from mbpa_lm.machine import keep_freed_memory, return_freed_memory
+    from mbpa_lm.mapped_files import say_what_a_bus_error_is
 
+    say_what_a_bus_error_is()
     if keep_memory:
         keep_freed_memory()
     else:

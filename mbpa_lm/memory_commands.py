@@ -81,7 +81,7 @@ def _index(arguments: Sequence[str]) -> None:
     parser = _parser("index", "Index all entries that a memory has now.", "folder")
     parser.add_argument("--kind", type=str, default="auto", help=", ".join(KINDS))
     _add_limit(parser)
-    options = _parse(parser, arguments)
+    options = _prepare(parser, arguments)
     if options.kind not in KINDS:
         raise ConfigError(f"--kind is {options.kind!r}; {did_you_mean(options.kind, KINDS)}")
     from mbpa_lm.memory_building import index_memory
@@ -92,21 +92,21 @@ def _index(arguments: Sequence[str]) -> None:
 
 def _compact(arguments: Sequence[str]) -> None:
     description = "Keep the keys of a memory in its index alone, as exact as it keeps them; they cannot be had back."
-    options = _parse(_parser("compact", description, "folder"), arguments)
+    options = _prepare(_parser("compact", description, "folder"), arguments)
     from mbpa_lm.memory_building import compact_memory
 
     compact_memory(Path(options.folder))
 
 
 def _info(arguments: Sequence[str]) -> None:
-    options = _parse(_parser("info", "Say what a memory is.", "folder"), arguments)
+    options = _prepare(_parser("info", "Say what a memory is.", "folder"), arguments)
     from mbpa_lm.memory_building import show_memory
 
     show_memory(Path(options.folder))
 
 
 def _verify(arguments: Sequence[str]) -> None:
-    options = _parse(_parser("verify", "Read all of a memory and compare it with what was written.", "folder"), arguments)
+    options = _prepare(_parser("verify", "Read all of a memory and compare it with what was written.", "folder"), arguments)
     from mbpa_lm.memory_building import verify_memory
 
     verify_memory(Path(options.folder))
@@ -117,7 +117,7 @@ def _merge(arguments: Sequence[str]) -> None:
     parser.add_argument("folders", type=str, nargs="+", help="Memories to be copied.")
     parser.add_argument("--output", type=str, required=True, help="Folder of the new memory.")
     _add_limit(parser)
-    options = _parse(parser, arguments)
+    options = _prepare(parser, arguments)
     from mbpa_lm.memory_building import merge_memories
 
     merge_memories([Path(folder) for folder in options.folders], Path(options.output), options.resident_gib)
@@ -126,7 +126,7 @@ def _merge(arguments: Sequence[str]) -> None:
 def _export(arguments: Sequence[str]) -> None:
     parser = _parser("export", "Copy the entries of a memory into a safetensors file.", "folder")
     parser.add_argument("--output", type=str, required=True, help="File to be written.")
-    options = _parse(parser, arguments)
+    options = _prepare(parser, arguments)
     from mbpa_lm.memory_building import export_memory
 
     export_memory(Path(options.folder), Path(options.output))
@@ -156,8 +156,13 @@ def _add_limit(parser: ArgumentParser) -> None:
     parser.add_argument("--resident_gib", type=NonNegativeFloat, default=0.0, help=explained)
 
 
-def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
+def _prepare(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
+    """Return the parsed options, ready to read a memory's files."""
     try:
-        return parser.parse_args(list(arguments))
+        options = parser.parse_args(list(arguments))
     except ArgumentError as error:
         raise ConfigError(f"{reason(error)}; {parser.prog} --help says what it takes") from None
+    from mbpa_lm.mapped_files import say_what_a_bus_error_is
+
+    say_what_a_bus_error_is()
+    return options

@@ -8,11 +8,13 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,11 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from mbpa_lm import commands, memory_commands, tracking
+from mbpa_lm import commands, evaluation, memory_commands, tracking
+from mbpa_lm.checkpoint import has_checkpoint
 from mbpa_lm.durable import lock_open_file
 from mbpa_lm.experts.cache import CacheExpert
+from mbpa_lm.mapped_files import LOST_FILE, MESSAGE
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.models.lstm import LSTMLanguageModel
 from mbpa_lm.out_of_memory import in_halves
@@ -200,6 +204,57 @@ def test_a_token_file_that_goes_away_while_it_is_read_is_built_again(
     assert commands.train(options(tmp_path / "two", *arguments)) == 0
 
 
+def _train_and_lose(folder: Path, said: Path, arguments: list[str]) -> None:
+    step = TrainingRun._step
+
+    def step_and_lose(run: TrainingRun, *batch: object) -> float:
+        if run.position.step == 3:
+            _cut_off(folder)
+        return step(run, *batch)  # type: ignore[arg-type]
+
+    TrainingRun._step = step_and_lose  # type: ignore[method-assign]
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
+    raise SystemExit(commands.train(arguments))
+
+
+def _evaluate_and_lose(folder: Path, said: Path, arguments: list[str]) -> None:
+    score_stream = evaluation.score_stream
+
+    def lose_and_score(*parts: object) -> object:
+        if len(parts) > 7:  # not the few tokens that are scored to load machine code
+            _cut_off(folder)
+        return score_stream(*parts)  # type: ignore[arg-type]
+
+    evaluation.score_stream = lose_and_score  # type: ignore[assignment]
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
+    raise SystemExit(commands.evaluate(arguments))
+
+
+def _cut_off(folder: Path) -> None:
+    for path in folder.rglob("*.bin"):
+        os.truncate(path, 0)
+
+
+def test_a_mapped_file_that_is_cut_off_in_place_ends_the_process_with_a_line(
+    options: Options, trained_run: Path, tmp_path: Path
+) -> None:
+    """A text in training, and a memory in an evaluation, which compiled loops of several threads read."""
+    run, memory = tmp_path / "run", tmp_path / "memory"
+    training = options(run, "--data.token_folder", str(tmp_path / "tokens"), "--training.save_steps", "2")
+    scoring = options(tmp_path / "scored", "--checkpoint", str(trained_run))
+    assert memory_commands.memory(["build", *scoring, "--output", str(memory)]) == 0
+    scoring += ["--experts", "base,mbpa", "--memory.datastores", f"[{memory}]"]
+    for target, folder, arguments in ((_train_and_lose, tmp_path / "tokens", training), (_evaluate_and_lose, memory, scoring)):
+        said = tmp_path / f"{target.__name__}.txt"
+        process = _started(target, folder, said, arguments)
+        process.join(120)
+        assert process.exitcode == LOST_FILE
+        assert said.read_text().splitlines()[-1] == MESSAGE.strip()
+    assert has_checkpoint(run)
+    shutil.rmtree(tmp_path / "tokens")
+    assert commands.train([*training, "--resume"]) == 0
+
+
 # --- the clock and signals ---
 
 
@@ -231,11 +286,16 @@ def _remember(arguments: list[str]) -> None:
     raise SystemExit(memory_commands.memory(arguments))
 
 
-def _interrupt(target: Callable[[list[str]], None], arguments: list[str], number: signal.Signals, seconds: float) -> int | None:
+def _started(target: Callable[..., None], *arguments: object) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")  # it has imported everything, and never run anything
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=target, args=(arguments,), daemon=True)
+    process = context.Process(target=target, args=arguments, daemon=True)
     process.start()
+    return process
+
+
+def _interrupt(target: Callable[[list[str]], None], arguments: list[str], number: signal.Signals, seconds: float) -> int | None:
+    process = _started(target, arguments)
     process.join(seconds)
     if process.is_alive():
         assert process.pid is not None
