@@ -43,9 +43,10 @@ def choose_moved_words(problem: Problem, pull_BK: Tensor, moved_words: int, also
     always_BA = _always_moved(problem.values_BK, base)
     if also_BX is not None:
         always_BA = torch.cat([always_BA, also_BX], dim=1)
-    words = merge_words(base.likely_words_BKc, always_BA)
+    count = always_BA.shape[1] + moved_words
+    words = merge_words(base.likely_words_BKc, always_BA, least_places=count)
     first_step_Bn = words.sum_by_word(pull_BK, base.likely_probabilities_BKc).abs_()
-    places_BS, filled_BS = words.largest(first_step_Bn, always_BA.shape[1] + moved_words)
+    places_BS, filled_BS = words.largest(first_step_Bn, count)
     logits_BKS1, rest_BK = _base_logits(problem, base, words.words_Bn.gather(1, places_BS), filled_BS)
     own_places_BK = words.always_places_BA[:, : problem.values_BK.shape[1]]
     own_BK = _places_among(places_BS, words.words_Bn.shape[1]).gather(1, own_places_BK)

@@ -132,12 +132,15 @@ def add_shifts(
 def _solve_wider(
     problem: Problem, rule: AdaptationRule, targets_B: Tensor | None, likely_words: int, moved_words: int
 ) -> tuple[Tensor, Tensor]:
-    """Solve with the likely words computed anew; with the whole vocabulary where that is no more work."""
-    vocabulary = len(problem.weight_Vd)
-    if likely_words * WIDENING >= vocabulary:
-        return dual.solve(problem, rule, targets_B), problem.queries_Bd.new_zeros(len(problem.queries_Bd))
-    turn = max(1, dual.NUMBERS_AT_ONCE // (problem.values_BK.shape[1] * vocabulary))
-    turns = problem.turns(turn, targets_B)
+    """Solve with the likely words computed anew; with the whole vocabulary where that is no more work.
+
+    One query at a time: products of another shape are rounded otherwise, and how many queries there are is known only when all
+    of a chunk have been solved, the later ones too.
+    """
+    turns = problem.turns(1, targets_B)
+    if likely_words * WIDENING >= len(problem.weight_Vd):
+        found = [dual.solve(part, rule, targets) for part, targets in turns]
+        return torch.cat(found), problem.queries_Bd.new_zeros(len(problem.queries_Bd))
     parts = [_solve_some(part.with_base(likely_words), rule, targets, moved_words) for part, targets in turns]
     log_probabilities, bounds_B = (torch.cat(column) for column in zip(*parts, strict=True))
     return log_probabilities, bounds_B

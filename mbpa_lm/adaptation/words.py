@@ -59,19 +59,22 @@ class MergedWords:
     def largest(self, scores_Bn: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Choose `count` words, those that are always chosen first: their places (B, S), and which of them are filled."""
         scores_Bn = scores_Bn.masked_fill(self.always_Bn, torch.inf).masked_fill(~self.filled_Bn, -1.0)
-        # In the order of their places, or the sums over them would be rounded otherwise beside other queries.
+        # In the order of their places, and always as many, or sums over them would be rounded otherwise beside other queries.
         places_BS = scores_Bn.topk(min(count, scores_Bn.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
         return places_BS, scores_Bn.gather(1, places_BS) >= 0
 
 
-def merge_words(listed_BKc: Tensor, always_BA: Tensor) -> MergedWords:
-    """Merge the words (B, K, c) that carry numbers with those (B, A) that are always chosen."""
+def merge_words(listed_BKc: Tensor, always_BA: Tensor, least_places: int = 1) -> MergedWords:
+    """Merge the words (B, K, c) that carry numbers with those (B, A) that are always chosen.
+
+    There are at least so many places, or as many as words are given, even where no query has as many different ones.
+    """
     if can_take(listed_BKc):
-        return _merge_by_hashing(listed_BKc, always_BA)
-    return merge_by_sorting(listed_BKc, always_BA)
+        return _merge_by_hashing(listed_BKc, always_BA, least_places)
+    return merge_by_sorting(listed_BKc, always_BA, least_places)
 
 
-def merge_by_sorting(listed_BKc: Tensor, always_BA: Tensor) -> MergedWords:
+def merge_by_sorting(listed_BKc: Tensor, always_BA: Tensor, least_places: int = 1) -> MergedWords:
     """Do what `merge_words` does in PyTorch, on any device."""
     given_Bm = torch.cat([always_BA, listed_BKc.flatten(1).long()], dim=1)
     sorted_Bm, order_Bm = given_Bm.sort(dim=1)
@@ -79,7 +82,7 @@ def merge_by_sorting(listed_BKc: Tensor, always_BA: Tensor) -> MergedWords:
     sorted_places_Bm = starts_Bm.cumsum(1) - 1
     places_Bm = torch.empty_like(given_Bm).scatter_(1, order_Bm, sorted_places_Bm)
     counts_B1 = sorted_places_Bm[:, -1:] + 1
-    n = int(counts_B1.max())
+    n = max(int(counts_B1.max()), min(least_places, given_Bm.shape[1]))
     words_Bn = torch.zeros(len(given_Bm), n, dtype=torch.int64, device=given_Bm.device).scatter_(1, places_Bm, given_Bm)
     filled_Bn = torch.arange(n, device=given_Bm.device) < counts_B1
     always_places_BA = places_Bm[:, : always_BA.shape[1]]
@@ -88,7 +91,7 @@ def merge_by_sorting(listed_BKc: Tensor, always_BA: Tensor) -> MergedWords:
     return MergedWords(words_Bn, counts_B1[:, 0], filled_Bn, always_Bn, listed_places_BKc, always_places_BA)
 
 
-def _merge_by_hashing(listed_BKc: Tensor, always_BA: Tensor) -> MergedWords:
+def _merge_by_hashing(listed_BKc: Tensor, always_BA: Tensor, least_places: int) -> MergedWords:
     B, K, c = listed_BKc.shape
     words_Bn = torch.zeros(B, K * c + always_BA.shape[1], dtype=torch.int64)
     listed_places_BKc = torch.empty(B, K, c, dtype=torch.int32)
@@ -96,7 +99,7 @@ def _merge_by_hashing(listed_BKc: Tensor, always_BA: Tensor) -> MergedWords:
     counts_B2 = torch.empty(B, 2, dtype=torch.int64)  # of the words always chosen, which come first, and of all
     arrays = (listed_BKc.contiguous(), always_BA.contiguous(), words_Bn, listed_places_BKc, always_places_BA, counts_B2)
     words_compiled.merge_by_hashing(*(tensor.numpy() for tensor in arrays))
-    n = int(counts_B2[:, 1].max())
+    n = max(int(counts_B2[:, 1].max()), min(least_places, words_Bn.shape[1]))
     places_n = torch.arange(n)
     always_Bn, filled_Bn = (places_n < counts_B2[:, which, None] for which in (0, 1))
     return MergedWords(words_Bn[:, :n], counts_B2[:, 1].contiguous(), filled_Bn, always_Bn, listed_places_BKc, always_places_BA)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mbpa_lm.adaptation import dual, restricted
-from mbpa_lm.adaptation.problem import Problem
+from mbpa_lm.adaptation.problem import Problem, TrainedSoftmax
 from mbpa_lm.adaptation.rule import AdaptationRule
 from tests.adaptation.problems import (
     near_problem,
@@ -97,6 +97,33 @@ def test_only_some_queries_are_widened_and_the_others_stay() -> None:
     assert torch.equal(solution.log_probabilities[~widened], unwidened.log_probabilities[~widened])
     before, after = ((one.log_probabilities - exact)[widened].abs().amax() for one in (unwidened, solution))
     assert float(after) < 0.5 * float(before)
+
+
+@pytest.mark.parametrize(("V", "likely"), [(40, 10), (500, 20), (3000, 30), (30_000, 96)])
+@pytest.mark.parametrize("slow", [False, True])
+def test_to_the_bit_a_query_gets_what_it_gets_alone(V: int, likely: int, slow: bool) -> None:
+    """Those beside it may be of the future: neither their words nor how many of them are widened may be felt."""
+    problem, rule = near_problem(V, likely, torch.float32), AdaptationRule(10, 0.05)
+    if slow:
+        problem = from_slow_weights(problem)
+    for tolerance in (math.inf, 0.1, 1e-2, 1e-6):
+        together = restricted.solve_with_bounds(problem, rule, None, 4, tolerance)
+        for row in range(0, 20, 3):
+            alone = restricted.solve_with_bounds(problem.rows(slice(row, row + 1)), rule, None, 4, tolerance)
+            assert torch.equal(alone.log_probabilities[0], together.log_probabilities[row])
+            assert alone.bounds_B[0] == together.bounds_B[row]
+
+
+def from_slow_weights(problem: Problem) -> Problem:
+    """The same neighbours, under a layer that has moved away a little from the trained one."""
+    trained = problem.base
+    generator = torch.Generator().manual_seed(1)
+    weight = problem.weight_Vd + 0.1 * torch.randn(problem.weight_Vd.shape, generator=generator)
+    logits = torch.nn.functional.linear(problem.queries_Bd, weight, problem.bias_V)
+    at_queries = torch.nn.functional.linear(problem.queries_Bd, problem.weight_Vd, problem.bias_V)
+    before = TrainedSoftmax(problem.weight_Vd, problem.bias_V, trained.log_probabilities_BV, at_queries.logsumexp(1))
+    base = replace(trained, log_probabilities_BV=logits.log_softmax(1), log_partitions_B=logits.logsumexp(1), trained=before)
+    return replace(problem, weight_Vd=weight, base=base)
 
 
 @pytest.mark.parametrize("likely", [0, 1, 30])
