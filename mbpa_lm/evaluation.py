@@ -43,7 +43,7 @@ from mbpa_lm.scoring import StreamScores, score_stream
 from mbpa_lm.tracking import RunLog
 from mbpa_lm.tuned import Tuned, load_tuned, save_tuned
 from mbpa_lm.tuning.everything import tune
-from mbpa_lm.verification import verify
+from mbpa_lm.verification import positions_to_verify, verify
 
 
 def evaluate(
@@ -57,7 +57,7 @@ def evaluate(
     cannot be read, and NumericalError for a prediction that is no probability or that depends on its future.
     """
     processes = Processes(config.run.device)
-    _check_processes(config, processes, tune_first)
+    _check_uses(config, processes, tune_first, verified_positions)
     checkpoint = pretrained_checkpoint(config) if checkpoint_path is None else _load(config, checkpoint_path, processes)
     stream, fingerprint = _open_stream(config, checkpoint)
     model = checkpoint.model
@@ -87,7 +87,7 @@ def evaluate(
                 )
             else:
                 scored = one_pass.over(stream, experts, progress)
-        verified = _verify(one_pass, streams[0], scored, verified_positions) if verified_positions else []
+        verified = _verify(one_pass, streams, scored, verified_positions, processes) if verified_positions else []
         metrics = run_metrics(config, checkpoint, stream, streams, scored) | {"verified_positions": verified}
         metrics |= {"remembered_before": one_pass.remembered_before, "read_before_by": read_by}
         metrics |= {"independent_documents": len(streams) if config.evaluation.independent else 0, "processes": processes.count}
@@ -109,6 +109,7 @@ class _Pass:
     def __init__(self, config: Config, checkpoint: Checkpoint, tuned: Tuned | None) -> None:
         self.config, self.checkpoint, self.tuned = config, checkpoint, tuned
         self.remembered_before = 0
+        self.chunk_length = config.evaluation.chunk_length
         self.done = 0
         self.totals: dict[str, float] = defaultdict(float)
 
@@ -122,12 +123,13 @@ class _Pass:
             metric = None if self.tuned is None else self.tuned.metric_tensor()
             memory = make_memory(config, checkpoint, metric, closing)
             self.remembered_before = len(memory)
+            self.chunk_length = chunk_length(config, experts, model.hidden_size)
             scores = score_stream(
                 model,
                 stream.tokens,
                 experts,
                 memory,
-                chunk_length(config, experts, model.hidden_size),
+                self.chunk_length,
                 make_slow_weights(config, checkpoint, experts),
                 make_history(experts, model),
                 self._show(progress),
@@ -163,9 +165,9 @@ class _Pass:
         return show
 
 
-def _verify(one_pass: _Pass, stream: TokenStream, scored: Scored, positions: int) -> list[int]:
+def _verify(one_pass: _Pass, streams: Sequence[TokenStream], scored: Scored, wanted: int, processes: Processes) -> list[int]:
+    """Score positions again, each process its share, and return which they were when all have found theirs the same."""
     config, checkpoint = one_pass.config, one_pass.checkpoint
-    chunk = chunk_length(config, make_experts(config, checkpoint), checkpoint.model.hidden_size)
 
     def score(part: TokenStream, position: int) -> Scored:
         with ProgressBar(f"verifying position {position:,}", len(part) - 1) as progress:
@@ -173,12 +175,15 @@ def _verify(one_pass: _Pass, stream: TokenStream, scored: Scored, positions: int
             return again.over(part, make_experts(config, checkpoint), progress, [position])
 
     vocabulary_size, seed = checkpoint.model.vocabulary_size, config.run.seed
-    verified = verify(stream, scored.scores.losses, score, positions, chunk, vocabulary_size, seed)
-    console.print(f"the same to the bit without their future, and distributions that sum to one, at positions {verified}")
-    return verified
+    positions = positions_to_verify(streams, wanted, seed)
+    own = positions[processes.rank :: processes.count]
+    verify(streams, own, scored.scores.losses, score, one_pass.chunk_length, vocabulary_size, seed)
+    processes.wait()
+    console.print(f"the same to the bit without their future, and distributions that sum to one, at positions {positions}")
+    return positions
 
 
-def _check_processes(config: Config, processes: Processes, tune_first: bool) -> None:
+def _check_uses(config: Config, processes: Processes, tune_first: bool, verified_positions: int) -> None:
     if processes.count > 1 and not config.evaluation.independent:
         raise ConfigError(
             f"{processes.count} processes cannot share one stream; add --evaluation.independent true, or start one process"
@@ -187,6 +192,8 @@ def _check_processes(config: Config, processes: Processes, tune_first: bool) -> 
         raise ConfigError("--tune is for one process; tune first, then evaluate with several")
     if config.evaluation.independent and config.remote.address:
         raise ConfigError("evaluation.independent begins each document with an empty memory; leave remote.address out")
+    if verified_positions and config.remote.address:
+        raise ConfigError("--verify begins again with an empty memory, and a database remembers; leave remote.address out")
 
 
 def _load(config: Config, path: Path, processes: Processes) -> Checkpoint:

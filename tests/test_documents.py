@@ -33,9 +33,10 @@ def scored(run: Path) -> tuple[dict, dict[str, np.ndarray]]:
 def test_each_document_is_scored_as_if_it_were_the_only_text_and_processes_share_them(
     options: Options, titled_run: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--checkpoint", str(titled_run), *INDEPENDENT, "--run.threads", "1"]
+    arguments = ["--checkpoint", str(titled_run), *INDEPENDENT, "--run.threads", "1", "--verify", "4"]
     assert commands.evaluate(options(tmp_path / "one", *arguments)) == 0
     metrics, losses = scored(tmp_path / "one")
+    assert metrics["verified_positions"][-1] > metrics["stream"]["scored"] // 8  # beyond the first document
     documents = (corpus / "test.txt").read_text().split(" = Document ")[1:]
     assert metrics["independent_documents"] == len(documents) == 8
     assert metrics["stream"]["scored"] == metrics["stream"]["tokens"] - 8
@@ -61,6 +62,7 @@ def test_each_document_is_scored_as_if_it_were_the_only_text_and_processes_share
     assert launched.stdout.count("written to") == 1
     shared, shared_losses = scored(tmp_path / "two")
     assert shared["processes"] == 2
+    assert shared["verified_positions"] == metrics["verified_positions"]
     for name, values in losses.items():
         np.testing.assert_array_equal(shared_losses[name], values)
     timed = {"seconds", "tokens_per_second"}
@@ -94,9 +96,21 @@ def test_what_processes_cannot_share_is_refused(
     assert f"error: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (INDEPENDENT, "evaluation.independent begins each document with an empty memory"),
+        (["--verify"], "--verify begins again with an empty memory, and a database remembers; leave remote.address out"),
+    ],
+)
 def test_a_remote_memory_does_not_begin_anew(
-    options: Options, titled_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: Options,
+    titled_run: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [*INDEPENDENT, "--remote.address", str(tmp_path / "memory.db")]
+    arguments = [*PATTERN, *arguments, "--remote.address", str(tmp_path / "memory.db")]
     assert commands.evaluate(options(tmp_path, "--checkpoint", str(titled_run), *arguments)) == 2
-    assert "evaluation.independent begins each document with an empty memory" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -16,7 +16,15 @@ ALL = "base,mbpa,persistent,mbpa+persistent,cache,knn,dynamic"
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--adaptation.solver", "dual"], ["--mixture.weights.base", "0.5", "--mixture.weights.mbpa", "0.5"]], ids=str
+    "more",
+    [
+        [],
+        ["--tune"],
+        ["--adaptation.solver", "dual", "--mixture.weights.base", "0.5", "--mixture.weights.mbpa", "0.5"],
+        ["--memory.write", "surprising", "--memory.eviction", "least_retrieved", "--memory.datastores", "[training]"],
+        ["--memory.write", "reservoir", "--memory.size", "100"],
+    ],
+    ids=" ".join,
 )
 def test_every_expert_and_mixture_is_the_same_without_its_future(
     options: Options, trained_run: Path, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
