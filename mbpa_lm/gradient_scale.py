@@ -135,9 +135,14 @@ def _read(path: Path, settings: str, device: torch.device) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device=str(device)) as file:
             if (file.metadata() or {}).get("settings") != settings:
                 return {}
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return kept if all(map(_is_scale, kept.values())) else {}
     except (OSError, SafetensorError):
         return {}
+
+
+def _is_scale(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(((tensor >= 0) & torch.isfinite(tensor)).all())
 
 
 def _write(path: Path, settings: str, tensors: dict[str, Tensor]) -> None:

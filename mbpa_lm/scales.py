@@ -19,6 +19,7 @@ import torch
 
 from mbpa_lm.config import Config
 from mbpa_lm.durable import replace_json
+from mbpa_lm.errors import DAMAGES
 from mbpa_lm.models.base import LanguageModel
 
 FILE = "hidden_states.json"
@@ -61,9 +62,9 @@ def mean_squared_norm(folder: Path, model: LanguageModel, training_tokens: Calla
     path = folder / FILE
     try:
         kept = json.loads(path.read_text())
-        if kept["tokens"] == TOKENS and kept["mean_squared_norm"] > 0:
+        if kept["tokens"] == TOKENS and 0 < kept["mean_squared_norm"] < math.inf:
             return float(kept["mean_squared_norm"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGES:
         pass
     norm = measure_norm(model, training_tokens()[:TOKENS])
     with contextlib.suppress(OSError):  # it is measured again next time

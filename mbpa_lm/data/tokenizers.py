@@ -186,8 +186,12 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return cls(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
-        except (OSError, ValueError) as error:
+            loaded = cls(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+            loaded.encode("a word")
+            return loaded
+        except ConfigError:
+            raise
+        except Exception as error:  # each file and class has its own ways to be damaged
             raise ConfigError(f"tokenizer.name {name!r} could not be loaded: {reason(error)}") from None
 
     def encode(self, text: str) -> Encoded:

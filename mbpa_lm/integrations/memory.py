@@ -10,6 +10,7 @@ model reads is remembered in a window, one for all rows of a batch or one for ea
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from mbpa_lm.config.checks import check_types
 from mbpa_lm.data.tokenizers import HuggingFaceTokenizer
 from mbpa_lm.datastores import build, index_kind, limit_of
 from mbpa_lm.durable import replace_json
-from mbpa_lm.errors import ConfigError, DatastoreError, ModelError, did_you_mean, reason
+from mbpa_lm.errors import DAMAGES, ConfigError, DatastoreError, ModelError, did_you_mean, reason
 from mbpa_lm.experts.mbpa import MbpaExpert
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.composite import CompositeMemory
@@ -94,12 +95,14 @@ class Memory:
         path = Path(folder)
         try:
             saved = json.loads((path / SETTINGS).read_text()) if (path / SETTINGS).is_file() else {}
-            kept = dict(saved.get("settings", {}))
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+            kept, norm = dict(saved.get("settings", {})), saved.get("mean_squared_norm")
+            if norm is not None and not 0 < norm < math.inf:
+                raise ValueError(f"mean_squared_norm is {norm}")
+        except DAMAGES as error:
             raise DatastoreError(f"{path / SETTINGS} cannot be read: {reason(error)}; put it back, or delete it") from None
         memory = cls(model, tokenizer, rows=rows or saved.get("rows", "shared"), **{**kept, **settings})
         memory._open(path)
-        memory._norm = saved.get("mean_squared_norm")
+        memory._norm = norm
         return memory
 
     def __len__(self) -> int:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mbpa_lm.errors import DAMAGES, DataError
 from mbpa_lm.metrics import perplexity
 from mbpa_lm.mixed_scores import GATE
 from mbpa_lm.report import METRICS_FILE
-from mbpa_lm.results.runs import Run
+from mbpa_lm.results.runs import Run, changed
 
 PUBLISHED = (
     ("AWD-LSTM", 57.3, 65.8, "Merity et al. 2018"),
@@ -32,7 +33,8 @@ FIGURES = {
 
 
 def results_page(runs: Sequence[Run], folder: Path) -> str:
-    """Return the page."""
+    """Return the page. Raises DataError where a run lacks something that is shown."""
+    details = [_whole(run) for run in runs]
     parts = [
         "# Results",
         f"Written by `python -m mbpa_lm.results {folder}` from the run folders there: every number comes from the "
@@ -47,9 +49,18 @@ def results_page(runs: Sequence[Run], folder: Path) -> str:
         "method takes off its own base model.",
         _published(runs),
     ]
-    for run in runs:
-        parts += _details(run)
+    for part in details:
+        parts += part
     return "\n\n".join(parts) + "\n"
+
+
+def _whole(run: Run) -> list[str]:
+    """Return the details of a run of which everything can be shown."""
+    try:
+        _overview([run])
+        return _details(run)
+    except (*DAMAGES, ArithmeticError) as error:
+        raise DataError(changed(run.folder / METRICS_FILE, error)) from None
 
 
 def _overview(runs: Sequence[Run]) -> str:

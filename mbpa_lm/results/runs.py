@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mbpa_lm.config import EXPERTS, MEMORY_EXPERTS
-from mbpa_lm.errors import DataError, reason
+from mbpa_lm.errors import DAMAGES, DataError, reason
 from mbpa_lm.report import METRICS_FILE
 
 TEXTS = {"ptb": "Penn Treebank", "wikitext-2": "WikiText-2", "builtin": "Python's documentation"}
@@ -73,6 +73,11 @@ class Run:
         return json.dumps([self.text, config["model"], training, self.settings, list(self.experts)], sort_keys=True)
 
 
+def changed(path: Path, error: Exception) -> str:
+    """Return what is said of a run that lacks something."""
+    return f"{path} is not what evaluate.py writes now ({reason(error)}); run it again, or remove it"
+
+
 def load_runs(folder: Path) -> list[Run]:
     """Read every run in a folder, in the order of the page. Raises DataError where there is none, or one cannot be read."""
     runs = []
@@ -80,10 +85,9 @@ def load_runs(folder: Path) -> list[Run]:
         try:
             run = Run(path.parent, json.loads(path.read_text(encoding="utf-8")))
             run.order()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path} is not what evaluate.py writes now ({reason(error)}); run it again, or remove it"
-            ) from None
+            run.is_like()
+        except DAMAGES as error:
+            raise DataError(changed(path, error)) from None
         if "gate" not in run.metrics:
             raise DataError(f"{path} is of the base model alone, and the page is about mixtures; run it with more --experts")
         runs.append(run)

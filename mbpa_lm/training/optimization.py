@@ -1,7 +1,9 @@
 """Optimizers and learning-rate schedules, and how an optimizer's state becomes tensors and JSON and back."""
 
 import math
-from collections.abc import Iterator
+import operator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +17,10 @@ from mbpa_lm.training.precision import loss_scale
 
 NOT_YET = 10**12
 """Step at which ASGD would start to average if validation never stopped improving."""
+
+STATE_TENSORS = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, SGD: set[str](), ASGD: {"step", "eta", "mu", "ax"}}
+SCALARS = ("step", "eta", "mu")
+"""What optimizers remember of each weight, and what of it is a single number; all else is of the weight's shape."""
 
 FINAL_FACTOR = 1e-4
 """Learning rate at the end of a decay, as a share of the highest."""
@@ -99,34 +105,34 @@ def averaged_weights(optimizer: Optimizer) -> Iterator[None]:
                 parameter.copy_(weights)
 
 
-def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state dictionary into named tensors and plain values."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            target = tensors if isinstance(value, Tensor) else values
-            target[f"{index}.{name}"] = value
-    return tensors, {"values": values, "groups": state["param_groups"]}
+def split_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state into named tensors and plain values."""
+    state = optimizer.state_dict()
+    tensors = {f"{index}.{name}": tensor for index, entries in state["state"].items() for name, tensor in entries.items()}
+    return tensors, {"groups": state["param_groups"]}
 
 
-def join_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    """Return the state dictionary that `split_state` split; raises KeyError or ValueError where it is none."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **plain["values"]}.items():
+def load_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Give an optimizer what `split_state` split, with whole tensors.
+
+    Of the plain values it takes when averaging began; the others are the configuration's. Raises ValueError or another of
+    DAMAGES where it is of another model or optimizer: a fused step would write past the end of a tensor that is too short.
+    """
+    weights, state = optimizer.param_groups[0]["params"], defaultdict[int, dict[str, Tensor]](dict)
+    wanted = STATE_TENSORS[type(optimizer)]
+    for key, tensor in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": plain["groups"]}
-
-
-def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer a state dictionary of whole tensors; raises ValueError where it is of another model."""
-    for index, weight in enumerate(optimizer.param_groups[0]["params"]):
-        entries = state["state"].get(index, {})
-        moments = entries.get("exp_avg", entries.get("ax"))
-        if moments is not None and moments.shape != weight.shape:
-            raise ValueError(f"a moment of shape {tuple(moments.shape)} for a weight of {tuple(weight.shape)}")
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                entries[name] = sharded_like(value, weight)
-    optimizer.load_state_dict(state)
+        weight = weights[range(len(weights)).index(int(index))]  # which refuses what counts from the end
+        shape = torch.Size() if name in SCALARS else weight.shape
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise ValueError(f"{key} is of {tensor.dtype} and {tuple(tensor.shape)}, for a weight of {tuple(weight.shape)}")
+        if name in SCALARS and not 0 <= float(tensor) < math.inf:
+            raise ValueError(f"{key} is {float(tensor)}")
+        state[int(index)][name] = sharded_like(tensor, weight)
+    if any(set(entries) != wanted for entries in state.values()):
+        raise ValueError(f"the state of each weight must be {', '.join(sorted(wanted)) or 'empty'}")
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, plain["groups"], strict=True):
+        if "t0" in group:
+            group["t0"] = operator.index(saved["t0"])
+    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})

@@ -29,7 +29,7 @@ from mbpa_lm.data.corpora import Corpus, open_corpus
 from mbpa_lm.data.pieces import Piece
 from mbpa_lm.data.streams import SequenceBatches, TokenStream, count_tokens, open_stream
 from mbpa_lm.data.tokenizers import Tokenizer, make_tokenizer
-from mbpa_lm.errors import CheckpointError, ConfigError, Terminated
+from mbpa_lm.errors import DAMAGES, CheckpointError, ConfigError, Terminated, reason
 from mbpa_lm.metrics import perplexity
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model, blocks_of, build_model, check_model
@@ -147,10 +147,10 @@ class TrainingRun:
         self.position = Position(precision=precision)
         if checkpoint and checkpoint.position:
             try:
-                saved = restore(checkpoint.position, self.optimizer, self.hebbian, processes)
-            except (KeyError, ValueError, TypeError, RuntimeError) as error:
+                saved = restore(checkpoint.position, model, self.optimizer, self.hebbian, processes)
+            except (*DAMAGES, RuntimeError, ConfigError) as error:
                 raise CheckpointError(
-                    f"{checkpoint.folder} cannot be resumed: its training state is damaged ({error})"
+                    f"{checkpoint.folder} cannot be resumed: its training state is damaged ({reason(error)})"
                 ) from None
             self.position, self.state = saved
 

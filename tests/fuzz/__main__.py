@@ -29,6 +29,11 @@ NAMES = (
     "tuned",
     "config",
     "text",
+    "state",
+    "scales",
+    "huggingface",
+    "settings",
+    "runs",
 )
 
 

@@ -1,86 +1,53 @@
 """What a stranger may hand over, one target a parser: a file made from bytes, read as the package reads it.
 
-A target may do anything but end in another error than the package's own. Half of the inputs are bytes as they are; of the JSON
-files the other half are valid ones in which some values were replaced. Checksums are made right again: a stranger could too.
+A target may do anything but end in another error than the package's own. Half of the inputs are bytes as they are, the other
+half valid files that were changed (mutations.py). Checksums are made right again: a stranger could too.
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save
 
 from mbpa_lm import commands
+from mbpa_lm.adaptation.slow_weights import SlowRule, SlowWeights
 from mbpa_lm.checkpoint import find_checkpoint, load_checkpoint
+from mbpa_lm.config import PersistentConfig
 from mbpa_lm.data import streams
 from mbpa_lm.data.text_files import SplitFiles
 from mbpa_lm.data.tokenizers import SentencePieceTokenizer, WordTokenizer, load_tokenizer
-from mbpa_lm.errors import MbpaError
-from mbpa_lm.memory.base import Entries
-from mbpa_lm.memory.datastore import manifest as manifests
-from mbpa_lm.memory.datastore.manifest import Identity, Layout
-from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.gradient_scale import LAYER_FILE, gradient_scale
+from mbpa_lm.results.page import results_page
+from mbpa_lm.results.runs import load_runs
+from mbpa_lm.scales import FILE as NORM_FILE
+from mbpa_lm.scales import mean_squared_norm
+from mbpa_lm.training import train
 from mbpa_lm.tuned import load_tuned
-
-Read = Callable[[bytes], None]
-
-STRANGE: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 65535, 2**31, 2**63, 10**30, -(10**30), 0.5, -0.0, 1e308, float("nan"), float("inf"), "",
-    "..", "../../etc/passwd", "/etc/passwd", "a" * 300, "\x00", "\ud800", "lstm", "transformer", "word", [], [[]], [None], {},
-    {"": {}}, ["a"] * 70,
-]  # fmt: skip
+from tests.fuzz.memories import datastore, index, settings
+from tests.fuzz.mutations import Read, patched, tolerant, variants
+from tests.integrations.words import save_tokenizer
 
 
-def edited(values: Any, data: bytes) -> Any:
-    """Return JSON values in which a place for every two bytes holds something strange, or something from another place."""
-    values = json.loads(json.dumps(values))
-    for where, what in zip(data[::2], data[1::2], strict=False):
-        places = list(_places(values))
-        if not places:
-            break
-        holder, key = places[where % len(places)]
-        other, other_key = places[what % len(places)]
-        strange = STRANGE[what % len(STRANGE)] if what < 200 else other[other_key]
-        if what == 255 and isinstance(holder, dict):
-            del holder[key]
-        else:
-            holder[key] = json.loads(json.dumps(strange))
-    return values
-
-
-def _places(values: Any) -> Any:
-    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in list(items):
-        yield values, key
-        yield from _places(value)
-
-
-def variants(data: bytes, valid: Any) -> bytes:
-    """Return the content of a JSON file: bytes as they are, or a valid one that was edited."""
-    if not data or data[0] % 2:
-        return data[1:]
-    return json.dumps(edited(valid, data[1:9])).encode("utf-8", "surrogatepass")
-
-
-def tolerant(read: Callable[[], object]) -> None:
-    with contextlib.suppress(MbpaError):
-        read()
-
-
-def train_a_model(folder: Path, *more: str) -> Path:
-    """Train a model of some hundred weights on a text of some lines, and return its run folder."""
+def options_of(folder: Path, *more: str) -> list[str]:
+    """Return the options of a model of some hundred weights that is trained on a text of some lines, which are written."""
     text = folder / "text"
     text.mkdir(parents=True, exist_ok=True)
     for split in ("train", "valid", "test"):
         (text / f"{split}.txt").write_text("the cat sat on the mat\nthe dog sat on the cat\n" * 8)
     options = ["--data.corpus", "text", "--data.path", str(text), "--data.token_folder", str(folder / "tokens")]
-    options += ["--run.folder", str(folder / "run"), "--tracking.mode", "disabled", "--training.epochs", "1", *more]
+    options += ["--run.folder", str(folder / "run"), "--tracking.mode", "disabled", "--training.epochs", "1"]
     options += ["--training.batch_size", "2", "--training.sequence_length", "5", "--training.precision", "float32"]
-    assert commands.train([*options, "--model.hidden_size", "4", "--model.layers", "1"]) == 0
+    return [*options, "--model.hidden_size", "4", "--model.layers", "1", *more]
+
+
+def train_a_model(folder: Path, *more: str) -> Path:
+    """Train such a model, and return its run folder."""
+    assert commands.train(options_of(folder, *more)) == 0
     return folder / "run"
 
 
@@ -123,19 +90,6 @@ def weights(folder: Path) -> Read:
     return read
 
 
-def patched(valid: bytes, data: bytes) -> bytes:
-    """Return bytes as they are, or a valid file in which stretches are replaced or which ends early."""
-    if not data or data[0] % 4 == 3:
-        return data[1:]
-    content = bytearray(valid)
-    rest = data[1:]
-    while len(rest) >= 4 and content:
-        at, count = int.from_bytes(rest[:3], "little") % len(content), rest[3] % 9
-        content[at : at + count] = rest[4 : 4 + count]
-        rest = rest[4 + count :]
-    return bytes(content[: len(content) - (data[0] if data[0] % 4 == 2 else 0)])
-
-
 def words(folder: Path) -> Read:
     WordTokenizer(["<eos>", "<unk>", "cat"]).save(folder)
     (file,) = folder.iterdir()
@@ -172,57 +126,6 @@ def tokens(folder: Path) -> Read:
     return read
 
 
-def _a_datastore(folder: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(600, 4, generator=generator)
-    likely = torch.zeros(600, 2, dtype=torch.int32), torch.full((600, 2), 0.1)
-    store = Datastore.create(folder / "memory", Identity("model", "tokenizer"), Layout(4, 2, "float16"))
-    store.add(Entries(keys, torch.arange(600), torch.zeros(600), *likely), torch.zeros(600, dtype=torch.int64))
-    store.build_index("hnsw")
-    store.close()
-    return folder / "memory"
-
-
-def _open_and_search(folder: Path) -> None:
-    store = Datastore.open(folder)
-    store.search(torch.zeros(1, store.manifest.layout.hidden_size), 3)
-
-
-def datastore(folder: Path) -> Read:
-    memory = _a_datastore(folder)
-    valid = json.loads((memory / manifests.FILE).read_text())
-    del valid["checksum"]
-
-    def read(data: bytes) -> None:
-        content = variants(data, valid)
-        try:
-            values = json.loads(content)
-            content = json.dumps({**values, "checksum": manifests._checksum(values)}).encode("utf-8", "surrogatepass")
-        except (ValueError, TypeError, RecursionError):
-            pass
-        (memory / manifests.FILE).write_bytes(content)
-        tolerant(lambda: _open_and_search(memory))
-
-    return read
-
-
-def index(folder: Path) -> Read:
-    memory = _a_datastore(folder)
-    values = json.loads((memory / manifests.FILE).read_text())
-    del values["checksum"]
-    file = memory / values["index"]["file"]
-    valid = file.read_bytes()
-
-    def read(data: bytes) -> None:
-        content = patched(valid, data)
-        file.write_bytes(content)
-        values["index"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        (memory / manifests.FILE).write_text(json.dumps({**values, "checksum": manifests._checksum(values)}))
-        tolerant(lambda: _open_and_search(memory))
-
-    return read
-
-
 def tuned(folder: Path) -> Read:
     valid = {"format": 1, "settings": {"adaptation": {"alpha": 0.1, "steps": 3}, "memory": {"size": 10}}, "metric": [1.0, 2.0],
              "weights": {"base": 0.5}, "stream": "text valid", "losses": {"base": 1.0}}  # fmt: skip
@@ -230,6 +133,96 @@ def tuned(folder: Path) -> Read:
     def read(data: bytes) -> None:
         (folder / "tuned.json").write_bytes(variants(data, valid))
         tolerant(lambda: load_tuned(folder, 2))
+
+    return read
+
+
+def state(folder: Path) -> Read:
+    """The state of training, from which `--resume` goes on."""
+    run, whole = train_a_model(folder), folder / "whole"
+    run.rename(whole)
+    config, _ = commands.parse(commands.make_parser("train.py", ""), options_of(folder, "--training.epochs", "2"))
+    saved = run / "checkpoints" / find_checkpoint(whole, "last").name
+    tensors = load_file(whole / "checkpoints" / saved.name / "training.safetensors")
+    values, manifest = (
+        json.loads((whole / "checkpoints" / saved.name / f"{name}.json").read_text()) for name in ("training", "manifest")
+    )
+    values["training"]["epochs"] = 2
+
+    def read(data: bytes) -> None:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(whole, run)
+        (saved / "training.json").write_text(json.dumps(values))
+        if len(data) > 2 and data[0] % 2:  # one tensor less, or one of another size or type
+            name = sorted(tensors)[data[1] % len(tensors)]
+            changed = dict(tensors)
+            changed[name] = changed[name].flatten()[: data[2] % 64].contiguous()
+            changed[name] = changed[name].double() if data[2] % 3 else changed[name]
+            if data[2] == 255:
+                del changed[name]
+            content = save(changed)
+            (saved / "training.safetensors").write_bytes(content)
+            manifest["files"]["training.safetensors"] = hashlib.sha256(content).hexdigest()
+            (saved / "manifest.json").write_text(json.dumps(manifest))
+        else:
+            (saved / "training.json").write_bytes(variants(data, values))
+        tolerant(lambda: train(config, resume=True))
+
+    return read
+
+
+def scales(folder: Path) -> Read:
+    """What is measured once a checkpoint and kept beside it: the norm of hidden states, and gradients."""
+    saved = find_checkpoint(train_a_model(folder))
+    model = load_checkpoint(saved).model.eval()
+    training_tokens, persistent = np.arange(60) % 5, PersistentConfig(interval=5)
+    rule = SlowRule(5, 0.1, 0.1, 0.1)
+
+    def measure() -> None:
+        assert 0 < mean_squared_norm(saved, model, lambda: training_tokens) < float("inf")
+        layer = model.output_layer()
+        scale = gradient_scale(saved, model, lambda: training_tokens, persistent)
+        slow = SlowWeights(layer.weight, layer.bias, rule, scale)
+        slow.learn(torch.zeros(5, 4), slow.log_probabilities(torch.zeros(5, 4))[0], torch.zeros(5, dtype=torch.int64))
+        assert bool(torch.isfinite(slow.weight_Vd).all())
+
+    measure()
+    norm, gradients = json.loads((saved / NORM_FILE).read_text()), (saved / LAYER_FILE).read_bytes()
+
+    def read(data: bytes) -> None:
+        (saved / NORM_FILE).write_bytes(variants(data, norm))
+        (saved / LAYER_FILE).write_bytes(patched(gradients, data))
+        tolerant(measure)
+
+    return read
+
+
+def huggingface(folder: Path) -> Read:
+    """A tokenizer's files of the transformers library."""
+    save_tokenizer(folder / "huggingface")
+    names = ("tokenizer.json", "tokenizer_config.json")
+    valid = {name: json.loads((folder / "huggingface" / name).read_text()) for name in names}
+
+    def read(data: bytes) -> None:
+        name = names[data[-1] % 2 if data else 0]
+        (folder / "huggingface" / name).write_bytes(variants(data[:-1], valid[name]))
+        tolerant(lambda: load_tokenizer("huggingface", folder).encode("w3 w4 w5"))
+        (folder / "huggingface" / name).write_text(json.dumps(valid[name]))
+
+    return read
+
+
+def runs(folder: Path) -> Read:
+    """Run folders of evaluate.py, from which a page is written."""
+    run = train_a_model(folder)
+    scored = options_of(folder, "--checkpoint", str(run), "--experts", "base,cache")
+    assert commands.evaluate([*scored, "--run.folder", str(folder / "results" / "scored")]) == 0
+    path = folder / "results" / "scored" / "metrics.json"
+    valid = json.loads(path.read_text())
+
+    def read(data: bytes) -> None:
+        path.write_bytes(variants(data, valid))
+        tolerant(lambda: results_page(load_runs(folder / "results"), folder / "results"))
 
     return read
 
@@ -263,6 +256,7 @@ def text(folder: Path) -> Read:
 TARGETS: dict[str, Callable[[Path], Read]] = {
     "pointers": pointers, "checkpoint": checkpoint, "weights": weights, "words": words, "sentencepiece": sentencepiece,
     "tokens": tokens, "datastore": datastore, "index": index, "tuned": tuned, "config": config, "text": text,
+    "state": state, "scales": scales, "huggingface": huggingface, "settings": settings, "runs": runs,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mbpa_lm.durable import replace_json
+from mbpa_lm.errors import DAMAGES
 
 FILE = "unchanged.json"
 
@@ -14,7 +15,7 @@ def are_unchanged(folder: Path, names: Iterable[str]) -> bool:
     """Say whether the files are of the size and time that were noted."""
     try:
         return bool(json.loads((folder / FILE).read_text()) == _stamps(folder, names))
-    except (OSError, ValueError):
+    except DAMAGES:
         return False
 
 

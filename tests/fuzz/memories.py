@@ -1,0 +1,87 @@
+"""Targets: what lies in the folder of a memory."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mbpa_lm.integrations.memory import SETTINGS, Memory
+from mbpa_lm.memory.base import Entries
+from mbpa_lm.memory.datastore import manifest as manifests
+from mbpa_lm.memory.datastore.manifest import Identity, Layout
+from mbpa_lm.memory.datastore.store import Datastore
+from tests.fuzz.mutations import Read, patched, tolerant, variants
+
+
+def _a_datastore(folder: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(600, 4, generator=generator)
+    likely = torch.zeros(600, 2, dtype=torch.int32), torch.full((600, 2), 0.1)
+    store = Datastore.create(folder / "memory", Identity("model", "tokenizer"), Layout(4, 2, "float16"))
+    store.add(Entries(keys, torch.arange(600), torch.zeros(600), *likely), torch.zeros(600, dtype=torch.int64))
+    store.build_index("hnsw")
+    store.close()
+    return folder / "memory"
+
+
+def _open_and_search(folder: Path) -> None:
+    store = Datastore.open(folder)
+    store.search(torch.zeros(1, store.manifest.layout.hidden_size), 3)
+
+
+def datastore(folder: Path) -> Read:
+    memory = _a_datastore(folder)
+    valid = json.loads((memory / manifests.FILE).read_text())
+    del valid["checksum"]
+
+    def read(data: bytes) -> None:
+        content = variants(data, valid)
+        try:
+            values = json.loads(content)
+            content = json.dumps({**values, "checksum": manifests._checksum(values)}).encode("utf-8", "surrogatepass")
+        except (ValueError, TypeError, RecursionError):
+            pass
+        (memory / manifests.FILE).write_bytes(content)
+        tolerant(lambda: _open_and_search(memory))
+
+    return read
+
+
+def index(folder: Path) -> Read:
+    memory = _a_datastore(folder)
+    values = json.loads((memory / manifests.FILE).read_text())
+    del values["checksum"]
+    file = memory / values["index"]["file"]
+    valid = file.read_bytes()
+
+    def read(data: bytes) -> None:
+        content = patched(valid, data)
+        file.write_bytes(content)
+        values["index"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        (memory / manifests.FILE).write_text(json.dumps({**values, "checksum": manifests._checksum(values)}))
+        tolerant(lambda: _open_and_search(memory))
+
+    return read
+
+
+def settings(folder: Path) -> Read:
+    """What `Memory.save` keeps beside the entries."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1, n_positions=16)).eval()
+    memory = Memory(model, neighbours=2)
+    memory.add_documents([list(range(15))])
+    memory.save(folder / "memory")
+    path = folder / "memory" / SETTINGS
+    valid = json.loads(path.read_text())
+
+    def load_and_ask() -> None:
+        loaded = Memory.load(folder / "memory", model)
+        assert loaded.expert.neighbours >= loaded.neighbours > 0
+
+    def read(data: bytes) -> None:
+        path.write_bytes(variants(data, valid))
+        tolerant(load_and_ask)
+
+    return read
