@@ -1,6 +1,7 @@
 """evaluate.py --verify: the same without the future, on a run with everything; and a run that is not causal is found."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from mbpa_lm import commands
 from mbpa_lm.experts.base import Chunk
 from mbpa_lm.experts.base_model import BaseModelExpert
+from tests.conftest import GPT2
 
 Options = Callable[..., list[str]]
 ALL = "base,mbpa,persistent,mbpa+persistent,cache,knn,dynamic"
@@ -29,14 +31,21 @@ ALL = "base,mbpa,persistent,mbpa+persistent,cache,knn,dynamic"
 def test_every_expert_and_mixture_is_the_same_without_its_future(
     options: Options, trained_run: Path, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     run = shutil.copytree(trained_run, tmp_path / "trained")  # experts keep things beside the checkpoint
     arguments = ["--checkpoint", str(run), "--experts", ALL, "--verify", "4", "--evaluation.chunk_length", "37", *more]
     assert commands.evaluate(options(tmp_path / "scored", *arguments)) == 0
     metrics = json.loads((tmp_path / "scored" / "metrics.json").read_text())
     assert len(metrics["verified_positions"]) == 4
     assert "the same to the bit without their future" in capsys.readouterr().out
+
+
+def test_so_it_is_with_a_transformer(options: Options, tmp_path: Path) -> None:
+    model = ["--model.kind", "transformer", "--model.context_length", "10", "--model.context_overlap", "4"]
+    model += ["--model.settings", json.dumps(GPT2)]
+    assert commands.train(options(tmp_path / "run", *model, "--training.epochs", "1")) == 0
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--experts", ALL, "--verify", "2"]
+    arguments += ["--evaluation.chunk_length", "23", "--evaluation.max_tokens", "200"]
+    assert commands.evaluate(options(tmp_path / "scored", *model, *arguments)) == 0
 
 
 def test_a_prediction_that_knows_its_future_is_found(
