@@ -27,7 +27,7 @@ from rich.table import Table
 from mbpa_lm.adaptation import dual, reference, restricted
 from mbpa_lm.adaptation.problem import BaseSoftmax, Problem
 from mbpa_lm.adaptation.rule import AdaptationRule
-from mbpa_lm.machine import describe_machine, keep_freed_memory, pick_device
+from mbpa_lm.system.machine import describe_machine, keep_freed_memory, pick_device
 
 QUERIES, LIKELY, MOVED, ALPHA = 128, 96, 16, 0.02
 LARGEST_EXACT = 1 << 32

@@ -132,7 +132,7 @@ def ways(model: Any, memory: Any, store: Any) -> dict[str, Callable[[Callable[[]
 @torch.no_grad()
 def measure(size: str, vocabulary: int, entries: int, rounds: int, results: Any) -> None:
     import mbpa_lm
-    from mbpa_lm.machine import keep_freed_memory, peak_memory_bytes
+    from mbpa_lm.system.machine import keep_freed_memory, peak_memory_bytes
 
     keep_freed_memory()
     model = make_model(size, vocabulary)
@@ -172,7 +172,7 @@ def measure(size: str, vocabulary: int, entries: int, rounds: int, results: Any)
 
 
 def main() -> None:
-    from mbpa_lm.machine import describe_machine
+    from mbpa_lm.system.machine import describe_machine
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mbpa_lm.data.streams import SequenceBatches
-from mbpa_lm.machine import describe_machine
+from mbpa_lm.system.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, WORDS_A_LINE, BATCH, LENGTH = 10_000, 25, 512, 50

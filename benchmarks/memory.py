@@ -30,12 +30,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mbpa_lm.machine import describe_machine, keep_freed_memory, resident_bytes
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.datastore.index import candidates
 from mbpa_lm.memory.datastore.manifest import Identity, Layout
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory.window import WindowMemory
+from mbpa_lm.system.machine import describe_machine, keep_freed_memory, resident_bytes
 
 K, QUERIES, WRITTEN_AT_ONCE = 32, 256, 1 << 16
 TIMES = ("one", "faiss one", "many", "by hand", "rows", "faiss", "exact")

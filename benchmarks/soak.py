@@ -28,12 +28,12 @@ from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.cache import CacheExpert
 from mbpa_lm.experts.mbpa import MbpaExpert
 from mbpa_lm.experts.persistent import PersistentExpert
-from mbpa_lm.machine import describe_machine, keep_freed_memory, resident_bytes
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.base import LanguageModel, ModelOutput, OutputLayer, State
 from mbpa_lm.models.lstm import LSTMLanguageModel
-from mbpa_lm.resources import make_history
-from mbpa_lm.scoring import StreamScores, score_stream
+from mbpa_lm.scoring.resources import make_history
+from mbpa_lm.scoring.stream import StreamScores, score_stream
+from mbpa_lm.system.machine import describe_machine, keep_freed_memory, resident_bytes
 
 VOCABULARY, HIDDEN_SIZE, WINDOW, EVERY = 2_000, 64, 5_000, 10_000
 TAIL, COMPARED = 6_000, 1_000

@@ -29,7 +29,7 @@ from mbpa_lm.config import DataConfig
 from mbpa_lm.data.corpora import open_corpus
 from mbpa_lm.data.streams import count_tokens, open_stream
 from mbpa_lm.data.tokenizers import WordTokenizer
-from mbpa_lm.machine import describe_machine
+from mbpa_lm.system.machine import describe_machine
 
 WORDS_A_LINE = 25
 LARGEST_WHOLE_FILE = 10_000_000

@@ -34,10 +34,10 @@ from torch.nn.functional import cross_entropy
 
 from mbpa_lm.config import ModelConfig, TrainingConfig
 from mbpa_lm.data.streams import SequenceBatches
-from mbpa_lm.machine import describe_machine, keep_freed_memory, peak_memory_bytes, pick_device, resident_bytes
 from mbpa_lm.models.base import OutputLayer
 from mbpa_lm.models.build import build_model
-from mbpa_lm.processes import Processes
+from mbpa_lm.system.machine import describe_machine, keep_freed_memory, peak_memory_bytes, pick_device, resident_bytes
+from mbpa_lm.system.processes import Processes
 from mbpa_lm.training.chunked_softmax import chunked_cross_entropy
 from mbpa_lm.training.objective import TrainingObjective
 from mbpa_lm.training.optimization import build_optimizer, take_step

@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mbpa_lm.checkpoint import load_checkpoint
+from mbpa_lm.checkpoints.checkpoint import load_checkpoint
 from mbpa_lm.commands import train
 from mbpa_lm.data.builtin import BuiltinCorpus
 from mbpa_lm.models.transformer import TransformerLanguageModel

@@ -37,8 +37,8 @@ def _train(arguments: Sequence[str]) -> None:
     parser.add_argument("--resume", nargs="?", const="auto", choices=["auto"], help=resume)
     config, options = parse(parser, arguments)
     prepare_machine(config)
-    from mbpa_lm.metrics import perplexity
-    from mbpa_lm.progress import console
+    from mbpa_lm.reporting.metrics import perplexity
+    from mbpa_lm.system.progress import console
     from mbpa_lm.training import train
 
     result = train(config, options["resume"] is not None)
@@ -128,7 +128,7 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
         print("interrupted; what was saved before is whole", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        from mbpa_lm.out_of_memory import is_out_of_memory
+        from mbpa_lm.system.out_of_memory import is_out_of_memory
 
         if is_out_of_memory(error):
             smaller = "training.batch_size, evaluation.chunk_length or memory.size"
@@ -172,8 +172,8 @@ def prepare_machine(config: Config, keep_memory: bool = True) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
-    from mbpa_lm.machine import keep_freed_memory, return_freed_memory
-    from mbpa_lm.mapped_files import say_what_a_bus_error_is
+    from mbpa_lm.system.machine import keep_freed_memory, return_freed_memory
+    from mbpa_lm.system.mapped_files import say_what_a_bus_error_is
 
     say_what_a_bus_error_is()
     if keep_memory:

@@ -10,40 +10,40 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mbpa_lm.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint
+from mbpa_lm.checkpoints.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint
+from mbpa_lm.checkpoints.pretrained import pretrained_checkpoint
+from mbpa_lm.checkpoints.tuned import Tuned, load_tuned, save_tuned
 from mbpa_lm.config import Config, RemoteConfig
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
-from mbpa_lm.datastores import knows
-from mbpa_lm.documents import Scored, score_documents
 from mbpa_lm.errors import ConfigError, did_you_mean
 from mbpa_lm.experts.base import Expert
-from mbpa_lm.features import FEATURES
-from mbpa_lm.figures import write_figures
-from mbpa_lm.gate import GateRule, OnlineGate
-from mbpa_lm.guard import Guard
-from mbpa_lm.metrics import perplexity
-from mbpa_lm.mixed_scores import UNIFORM, mixed_scores
-from mbpa_lm.pretrained import pretrained_checkpoint
-from mbpa_lm.processes import Processes
-from mbpa_lm.progress import ProgressBar, console, token_progress
-from mbpa_lm.report import print_tables, print_tuned, write_results
-from mbpa_lm.resources import (
+from mbpa_lm.mixing.features import FEATURES
+from mbpa_lm.mixing.gate import GateRule, OnlineGate
+from mbpa_lm.remembering.datastores import knows
+from mbpa_lm.remembering.training_text import own_corpus
+from mbpa_lm.reporting.figures import write_figures
+from mbpa_lm.reporting.metrics import perplexity
+from mbpa_lm.reporting.report import print_tables, print_tuned, write_results
+from mbpa_lm.reporting.run_metrics import gate_metrics, log_metrics, run_metrics
+from mbpa_lm.reporting.tracking import RunLog
+from mbpa_lm.scoring.documents import Scored, score_documents
+from mbpa_lm.scoring.guard import Guard
+from mbpa_lm.scoring.mixed_scores import UNIFORM, mixed_scores
+from mbpa_lm.scoring.resources import (
     chunk_length,
     fill_in_scales,
     make_experts,
     make_history,
     make_memory,
     make_slow_weights,
-    own_corpus,
 )
-from mbpa_lm.run_metrics import gate_metrics, log_metrics, run_metrics
-from mbpa_lm.scoring import StreamScores, score_stream
-from mbpa_lm.tracking import RunLog
-from mbpa_lm.tuned import Tuned, load_tuned, save_tuned
+from mbpa_lm.scoring.stream import StreamScores, score_stream
+from mbpa_lm.scoring.verification import positions_to_verify, verify
+from mbpa_lm.system.processes import Processes
+from mbpa_lm.system.progress import ProgressBar, console, token_progress
 from mbpa_lm.tuning.everything import tune
-from mbpa_lm.verification import positions_to_verify, verify
 
 
 def evaluate(

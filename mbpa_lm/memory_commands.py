@@ -68,7 +68,7 @@ def _remember(command: str, description: str, arguments: Sequence[str]) -> None:
         if not options[name]:
             raise ConfigError(f"--{name} is missing; mbpa-memory {command} --help says what it is")
     prepare_machine(config, keep_memory=not config.memory.resident_gib)
-    from mbpa_lm.memory_building import add_to_memory, build_memory
+    from mbpa_lm.remembering.building import add_to_memory, build_memory
 
     path, output = Path(options["checkpoint"]) if options["checkpoint"] else None, Path(options["output"])
     if command == "add":
@@ -84,7 +84,7 @@ def _index(arguments: Sequence[str]) -> None:
     options = _prepare(parser, arguments)
     if options.kind not in KINDS:
         raise ConfigError(f"--kind is {options.kind!r}; {did_you_mean(options.kind, KINDS)}")
-    from mbpa_lm.memory_building import index_memory
+    from mbpa_lm.remembering.building import index_memory
 
     kind = None if options.kind == "auto" else options.kind
     index_memory(Path(options.folder), kind, options.resident_gib)
@@ -93,21 +93,21 @@ def _index(arguments: Sequence[str]) -> None:
 def _compact(arguments: Sequence[str]) -> None:
     description = "Keep the keys of a memory in its index alone, as exact as it keeps them; they cannot be had back."
     options = _prepare(_parser("compact", description, "folder"), arguments)
-    from mbpa_lm.memory_building import compact_memory
+    from mbpa_lm.remembering.building import compact_memory
 
     compact_memory(Path(options.folder))
 
 
 def _info(arguments: Sequence[str]) -> None:
     options = _prepare(_parser("info", "Say what a memory is.", "folder"), arguments)
-    from mbpa_lm.memory_building import show_memory
+    from mbpa_lm.remembering.building import show_memory
 
     show_memory(Path(options.folder))
 
 
 def _verify(arguments: Sequence[str]) -> None:
     options = _prepare(_parser("verify", "Read all of a memory and compare it with what was written.", "folder"), arguments)
-    from mbpa_lm.memory_building import verify_memory
+    from mbpa_lm.remembering.building import verify_memory
 
     verify_memory(Path(options.folder))
 
@@ -118,7 +118,7 @@ def _merge(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=str, required=True, help="Folder of the new memory.")
     _add_limit(parser)
     options = _prepare(parser, arguments)
-    from mbpa_lm.memory_building import merge_memories
+    from mbpa_lm.remembering.building import merge_memories
 
     merge_memories([Path(folder) for folder in options.folders], Path(options.output), options.resident_gib)
 
@@ -127,7 +127,7 @@ def _export(arguments: Sequence[str]) -> None:
     parser = _parser("export", "Copy the entries of a memory into a safetensors file.", "folder")
     parser.add_argument("--output", type=str, required=True, help="File to be written.")
     options = _prepare(parser, arguments)
-    from mbpa_lm.memory_building import export_memory
+    from mbpa_lm.remembering.building import export_memory
 
     export_memory(Path(options.folder), Path(options.output))
 
@@ -162,7 +162,7 @@ def _prepare(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
         options = parser.parse_args(list(arguments))
     except ArgumentError as error:
         raise ConfigError(f"{reason(error)}; {parser.prog} --help says what it takes") from None
-    from mbpa_lm.mapped_files import say_what_a_bus_error_is
+    from mbpa_lm.system.mapped_files import say_what_a_bus_error_is
 
     say_what_a_bus_error_is()
     return options

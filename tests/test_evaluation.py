@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from mbpa_lm import commands
 from mbpa_lm.config import AdaptationConfig
-from mbpa_lm.progress import console
+from mbpa_lm.system.progress import console
 
 Options = Callable[..., list[str]]
 
@@ -158,7 +158,7 @@ def test_results_that_cannot_be_written_leave_the_earlier_ones(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mbpa_lm.report.json", SimpleNamespace(dumps=lambda *_, **__: full()))
+    monkeypatch.setattr("mbpa_lm.reporting.report.json", SimpleNamespace(dumps=lambda *_, **__: full()))
     arguments = options(tmp_path, "--checkpoint", str(trained_run), "--evaluation.max_tokens", "50")
     assert commands.evaluate(arguments) == 6
     assert "results could not be written" in capsys.readouterr().err

@@ -23,14 +23,15 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from mbpa_lm import commands, evaluation, memory_commands, tracking
-from mbpa_lm.checkpoint import has_checkpoint
-from mbpa_lm.durable import lock_open_file
+from mbpa_lm import commands, evaluation, memory_commands
+from mbpa_lm.checkpoints.checkpoint import has_checkpoint
 from mbpa_lm.experts.cache import CacheExpert
-from mbpa_lm.mapped_files import LOST_FILE, MESSAGE
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.models.lstm import LSTMLanguageModel
-from mbpa_lm.out_of_memory import in_halves
+from mbpa_lm.reporting import tracking
+from mbpa_lm.system.durable import lock_open_file
+from mbpa_lm.system.mapped_files import LOST_FILE, MESSAGE
+from mbpa_lm.system.out_of_memory import in_halves
 from mbpa_lm.training.run import TrainingRun
 
 Options = Callable[..., list[str]]

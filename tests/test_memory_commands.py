@@ -10,12 +10,12 @@ import pytest
 from safetensors.torch import load_file
 
 from mbpa_lm import commands
-from mbpa_lm.checkpoint import find_checkpoint, load_checkpoint
+from mbpa_lm.checkpoints.checkpoint import find_checkpoint, load_checkpoint
 from mbpa_lm.commands import make_parser, parse
-from mbpa_lm.datastores import open_one
-from mbpa_lm.durable import take_lock
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory_commands import memory
+from mbpa_lm.remembering.datastores import open_one
+from mbpa_lm.system.durable import take_lock
 
 Options = Callable[..., list[str]]
 

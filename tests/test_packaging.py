@@ -1,7 +1,9 @@
 """What an installation promises."""
 
+import ast
 import re
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -35,3 +37,18 @@ def test_requirements_cover_the_package_s_dependencies() -> None:
         pinned = packages("requirements.txt")[name]
         assert [int(part) for part in pinned.split(".")[:2]] >= [int(part) for part in lowest.split(".")[:2]]
     assert set(project["scripts"]) == {"mbpa-train", "mbpa-evaluate", "mbpa-memory", "mbpa-lm-eval"}
+
+
+def test_imports_between_folders_point_one_way_and_each_folder_says_what_it_is_for() -> None:
+    package, needed = ROOT / "mbpa_lm", dict[str, set[str]]()
+    for path in package.rglob("*.py"):
+        folder = path.relative_to(package).with_suffix("").parts[0]
+        tree = ast.parse(path.read_text())
+        names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        inside = {name.split(".")[1] for name in names if name.startswith("mbpa_lm.")}
+        needed.setdefault(folder, set()).update(inside - {folder})
+        if path.name == "__init__.py":
+            assert ast.get_docstring(tree), path
+    TopologicalSorter(needed).prepare()  # which raises CycleError, naming the folders
+    assert needed["adaptation"] == {"errors", "numerics"}
+    assert needed["memory"] == {"errors", "numerics", "system"}

@@ -21,10 +21,10 @@ from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.mbpa import MbpaExpert
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.window import WindowMemory
-from mbpa_lm.metrics import perplexity
 from mbpa_lm.models.build import build_model
 from mbpa_lm.models.lstm import LSTMLanguageModel
-from mbpa_lm.scoring import score_stream
+from mbpa_lm.reporting.metrics import perplexity
+from mbpa_lm.scoring.stream import score_stream
 
 COUNTS = {
     "ptb": (10_000, {"train": 929_589, "valid": 73_760, "test": 82_430}),

@@ -9,7 +9,7 @@ import pytest
 
 from mbpa_lm import commands
 from mbpa_lm.config import Config
-from mbpa_lm.figures import FOLDER
+from mbpa_lm.reporting.figures import FOLDER
 from mbpa_lm.results.__main__ import main
 from mbpa_lm.results.runs import TEXTS
 

@@ -9,9 +9,9 @@ from numba import prange
 from torch import Tensor
 
 from mbpa_lm.adaptation.problem import at_least_single, normalize
-from mbpa_lm.compiled import can_take, compiled_loop, exponential
-from mbpa_lm.largest import largest
-from mbpa_lm.largest_compiled import place_largest
+from mbpa_lm.numerics.compiled import can_take, compiled_loop, exponential
+from mbpa_lm.numerics.largest import largest
+from mbpa_lm.numerics.largest_compiled import place_largest
 
 PART = 1024
 """Numbers that are summed in single precision before their sum is added to the others."""

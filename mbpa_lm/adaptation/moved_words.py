@@ -11,8 +11,8 @@ from torch import Tensor
 from mbpa_lm.adaptation.problem import BaseSoftmax, Problem, TrainedSoftmax, at_least_single
 from mbpa_lm.adaptation.products import products_with_rows
 from mbpa_lm.adaptation.words import MergedWords, merge_words
-from mbpa_lm.largest import largest
-from mbpa_lm.softcap import capped
+from mbpa_lm.numerics.largest import largest
+from mbpa_lm.numerics.softcap import capped
 
 CHANGED_WORDS = 64
 """Words moved because slow adaptation has changed them most; their change at a key cannot be known from the trained layer."""

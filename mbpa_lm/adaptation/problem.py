@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mbpa_lm.softcap import capped
+from mbpa_lm.numerics.softcap import capped
 
 
 @dataclass(frozen=True)

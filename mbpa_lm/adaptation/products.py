@@ -9,7 +9,7 @@ from numba import prange
 from torch import Tensor
 
 from mbpa_lm.adaptation.problem import Problem, at_least_single
-from mbpa_lm.compiled import can_take, compiled_loop
+from mbpa_lm.numerics.compiled import can_take, compiled_loop
 
 
 def products_with_rows(keys_BKd: Tensor, table_Vd: Tensor, rows_BS: Tensor, symmetric: bool = False) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mbpa_lm.adaptation.problem import at_least_single, normalize, pick
-from mbpa_lm.compiled import can_take, compiled_loop
 from mbpa_lm.errors import AdaptationError
+from mbpa_lm.numerics.compiled import can_take, compiled_loop
 
 ROWS_AT_ONCE = 2048
 """Words whose gradients are used while they are still in the processor's cache."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mbpa_lm.adaptation import steps_compiled
-from mbpa_lm.compiled import can_take
+from mbpa_lm.numerics.compiled import can_take
 
 SPAN_OPTIMIZERS = ("sgd", "momentum")
 """Optimizers whose steps stay in the span of the neighbours."""

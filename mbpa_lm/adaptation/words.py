@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mbpa_lm.adaptation import words_compiled
-from mbpa_lm.compiled import can_take
+from mbpa_lm.numerics.compiled import can_take
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import prange
 
-from mbpa_lm.compiled import compiled_loop, compiled_part, exponential
+from mbpa_lm.numerics.compiled import compiled_loop, compiled_part, exponential
 
 MULTIPLIER = 2654435761  # Knuth's, of multiplicative hashing
 

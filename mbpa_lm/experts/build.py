@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from mbpa_lm.config import Config
 from mbpa_lm.config.checks import known
-from mbpa_lm.dynamic_evaluation import DynamicModel
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.cache import CacheExpert
 from mbpa_lm.experts.dynamic import DynamicExpert
+from mbpa_lm.experts.dynamic_model import DynamicModel
 from mbpa_lm.experts.knn import KnnExpert
 from mbpa_lm.experts.mbpa import MbpaExpert
 from mbpa_lm.experts.persistent import PersistentExpert

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mbpa_lm.adaptation.problem import pick
-from mbpa_lm.compiled import can_take
 from mbpa_lm.experts import cache_compiled
 from mbpa_lm.experts.base import Chunk, Expert
 from mbpa_lm.memory.history import UNBOUNDED, Stretch
+from mbpa_lm.numerics.compiled import can_take
 
 
 class CacheExpert(Expert):

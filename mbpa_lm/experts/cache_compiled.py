@@ -3,7 +3,7 @@
 import numpy as np
 from numba import prange
 
-from mbpa_lm.compiled import compiled_loop, exponential
+from mbpa_lm.numerics.compiled import compiled_loop, exponential
 
 
 @compiled_loop

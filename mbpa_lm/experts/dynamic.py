@@ -1,9 +1,9 @@
-"""Dynamic evaluation of the whole model as an expert (dynamic_evaluation.py)."""
+"""Dynamic evaluation of the whole model as an expert (dynamic_model.py)."""
 
 from torch import Tensor
 
-from mbpa_lm.dynamic_evaluation import DynamicModel
 from mbpa_lm.experts.base import Chunk, Expert
+from mbpa_lm.experts.dynamic_model import DynamicModel
 
 
 class DynamicExpert(Expert):

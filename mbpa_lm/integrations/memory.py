@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbpa_lm.checkpoints.scales import ALPHA, TOKENS, measure_norm
 from mbpa_lm.config import AdaptationConfig, MemoryConfig
 from mbpa_lm.config.checks import check_types
 from mbpa_lm.data.tokenizers import HuggingFaceTokenizer
-from mbpa_lm.datastores import build, index_kind, limit_of
-from mbpa_lm.durable import replace_json
 from mbpa_lm.errors import DAMAGES, ConfigError, DatastoreError, ModelError, did_you_mean, reason
 from mbpa_lm.experts.mbpa import MbpaExpert
 from mbpa_lm.memory.base import Entries
@@ -38,8 +37,9 @@ from mbpa_lm.models.fingerprint import model_fingerprint
 from mbpa_lm.models.head import in_evaluation, positions_of
 from mbpa_lm.models.pretrained import LONGEST_CONTEXT
 from mbpa_lm.models.transformer import TransformerLanguageModel
-from mbpa_lm.remember import Text
-from mbpa_lm.scales import ALPHA, TOKENS, measure_norm
+from mbpa_lm.remembering.datastores import build, index_kind, limit_of
+from mbpa_lm.remembering.remember import Text
+from mbpa_lm.system.durable import replace_json
 
 Rows = Literal["shared", "own"]
 SETTINGS = "settings.json"

@@ -14,10 +14,10 @@ import math
 import torch
 from torch import Tensor
 
-from mbpa_lm.compiled import can_take
 from mbpa_lm.memory.nearest_compiled import fill_in_nearest
 from mbpa_lm.memory.nearest_faiss import has_gpu_build, nearest_faiss
 from mbpa_lm.memory.nearest_plain import ROUNDING, SPARE_CANDIDATES, Search, copy_rounding, nearest_plain
+from mbpa_lm.numerics.compiled import can_take
 
 
 def nearest(search: Search, count: int, products_CN: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 import numpy as np
 from numba import prange
 
-from mbpa_lm.compiled import compiled_loop, compiled_part
-from mbpa_lm.largest_compiled import place_largest
+from mbpa_lm.numerics.compiled import compiled_loop, compiled_part
+from mbpa_lm.numerics.largest_compiled import place_largest
 
 
 @compiled_loop

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mbpa_lm.softcap import capped
+from mbpa_lm.numerics.softcap import capped
 
 State = Any
 """What a model carries from one piece of a stream to the next; only the model that made it looks inside."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mbpa_lm.errors import ModelError
 from mbpa_lm.models.base import OutputLayer
-from mbpa_lm.softcap import capped
+from mbpa_lm.numerics.softcap import capped
 
 TRIED = 8
 """Tokens that are read to find out."""

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mbpa_lm.errors import DAMAGES, DataError
-from mbpa_lm.metrics import perplexity
-from mbpa_lm.mixed_scores import GATE
-from mbpa_lm.report import METRICS_FILE
+from mbpa_lm.reporting.metrics import perplexity
+from mbpa_lm.reporting.report import METRICS_FILE
 from mbpa_lm.results.runs import Run, changed
+from mbpa_lm.scoring.mixed_scores import GATE
 
 PUBLISHED = (
     ("AWD-LSTM", 57.3, 65.8, "Merity et al. 2018"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from mbpa_lm.config import EXPERTS, MEMORY_EXPERTS
 from mbpa_lm.errors import DAMAGES, DataError, reason
-from mbpa_lm.report import METRICS_FILE
+from mbpa_lm.reporting.report import METRICS_FILE
 
 TEXTS = {"ptb": "Penn Treebank", "wikitext-2": "WikiText-2", "builtin": "Python's documentation"}
 

@@ -15,7 +15,7 @@ Dimensions: `N` positions, `U` distinct words among their targets, `V` vocabular
 import torch
 from torch import Tensor
 
-from mbpa_lm.processes import Processes
+from mbpa_lm.system.processes import Processes
 
 
 class HebbianRule:

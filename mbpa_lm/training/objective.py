@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model
 from mbpa_lm.models.lstm import LSTMLanguageModel
-from mbpa_lm.processes import Processes
+from mbpa_lm.system.processes import Processes
 from mbpa_lm.training.chunked_softmax import chunked_cross_entropy, target_losses
 from mbpa_lm.training.sampled_softmax import sampled_cross_entropy
 

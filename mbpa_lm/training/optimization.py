@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, AdamW, Optimizer
 
 from mbpa_lm.config import TrainingConfig
-from mbpa_lm.processes import Processes, sharded_like
+from mbpa_lm.system.processes import Processes, sharded_like
 from mbpa_lm.training.precision import loss_scale
 
 NOT_YET = 10**12

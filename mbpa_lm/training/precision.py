@@ -3,8 +3,8 @@
 import torch
 
 from mbpa_lm.errors import ConfigError
-from mbpa_lm.machine import bfloat16_is_faster
 from mbpa_lm.models.build import Model
+from mbpa_lm.system.machine import bfloat16_is_faster
 
 LOSS_SCALE = 1024.0
 """What a loss is multiplied by where its gradient may pass through float16; a power of two, so that nothing is rounded."""

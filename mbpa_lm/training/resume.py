@@ -3,11 +3,11 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from mbpa_lm.checkpoint import Checkpoint, check_same_settings, find_checkpoint, has_checkpoint, load_checkpoint
+from mbpa_lm.checkpoints.checkpoint import Checkpoint, check_same_settings, find_checkpoint, has_checkpoint, load_checkpoint
 from mbpa_lm.config import Config
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.errors import CheckpointError
-from mbpa_lm.progress import console
+from mbpa_lm.system.progress import console
 
 FREE_TO_CHANGE = ("training.save_steps", "training.patience")
 """Settings that a resumed run may change: they decide when it saves and stops, not what it computes."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbpa_lm.checkpoint import (
+from mbpa_lm.checkpoints.checkpoint import (
     Checkpoint,
     distinct_weights,
     find_checkpoint,
@@ -30,12 +30,12 @@ from mbpa_lm.data.pieces import Piece
 from mbpa_lm.data.streams import SequenceBatches, TokenStream, count_tokens, open_stream
 from mbpa_lm.data.tokenizers import Tokenizer, make_tokenizer
 from mbpa_lm.errors import DAMAGES, CheckpointError, ConfigError, Terminated, reason
-from mbpa_lm.metrics import perplexity
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model, blocks_of, build_model, check_model
-from mbpa_lm.processes import Processes
-from mbpa_lm.progress import ProgressBar, console, token_progress
-from mbpa_lm.tracking import RunLog
+from mbpa_lm.reporting.metrics import perplexity
+from mbpa_lm.reporting.tracking import RunLog
+from mbpa_lm.system.processes import Processes
+from mbpa_lm.system.progress import ProgressBar, console, token_progress
 from mbpa_lm.training.hebbian import HebbianRule
 from mbpa_lm.training.objective import TrainingObjective
 from mbpa_lm.training.optimization import averaged_weights, build_optimizer, learning_rate, start_averaging, take_step

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mbpa_lm.checkpoint import TrainingPosition
+from mbpa_lm.checkpoints.checkpoint import TrainingPosition
 from mbpa_lm.config import Config
-from mbpa_lm.machine import code_commit, describe_machine
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model
-from mbpa_lm.processes import Processes
+from mbpa_lm.system.machine import code_commit, describe_machine
+from mbpa_lm.system.processes import Processes
 from mbpa_lm.training.hebbian import HebbianRule
 from mbpa_lm.training.optimization import has_averaged_weights, load_state, split_state
 from mbpa_lm.training.position import Position, read_position

@@ -8,7 +8,7 @@ from mbpa_lm.config import TrainingConfig
 from mbpa_lm.data.streams import SequenceBatches, TokenStream
 from mbpa_lm.errors import DataError
 from mbpa_lm.models.base import State
-from mbpa_lm.processes import Processes
+from mbpa_lm.system.processes import Processes
 
 
 def validation_batches(stream: TokenStream, training: TrainingConfig, processes: int = 1) -> SequenceBatches:

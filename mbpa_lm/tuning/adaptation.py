@@ -34,10 +34,10 @@ from mbpa_lm.config import Config
 from mbpa_lm.errors import DataError
 from mbpa_lm.experts.base import Chunk, Expert
 from mbpa_lm.experts.mbpa import make_problem, make_rule
-from mbpa_lm.mixture import best_weights
+from mbpa_lm.mixing.mixture import best_weights
 from mbpa_lm.models.base import OutputLayer
-from mbpa_lm.progress import ProgressBar
-from mbpa_lm.resources import make_stream_memory
+from mbpa_lm.scoring.resources import make_stream_memory
+from mbpa_lm.system.progress import ProgressBar
 from mbpa_lm.tuning.passes import Validation
 
 EXAMPLES = 6000

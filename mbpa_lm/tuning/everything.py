@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from mbpa_lm.checkpoint import Checkpoint
+from mbpa_lm.checkpoints.checkpoint import Checkpoint
+from mbpa_lm.checkpoints.tuned import Tuned
 from mbpa_lm.config import Config
 from mbpa_lm.data.streams import TokenStream
-from mbpa_lm.mixed_scores import UNIFORM, all_components
-from mbpa_lm.mixture import best_weights, mix
-from mbpa_lm.resources import make_experts, make_knn_store
-from mbpa_lm.tuned import Tuned
+from mbpa_lm.mixing.mixture import best_weights, mix
+from mbpa_lm.scoring.mixed_scores import UNIFORM, all_components
+from mbpa_lm.scoring.resources import make_experts, make_knn_store
 from mbpa_lm.tuning.adaptation import tune_adaptation
 from mbpa_lm.tuning.passes import Validation
 from mbpa_lm.tuning.rates import tune_dynamic, tune_persistent

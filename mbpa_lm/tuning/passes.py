@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from mbpa_lm.checkpoint import Checkpoint
+from mbpa_lm.checkpoints.checkpoint import Checkpoint
+from mbpa_lm.checkpoints.tuned import Tuned
 from mbpa_lm.config import Config, RemoteConfig
 from mbpa_lm.data.streams import TokenStream
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.memory.base import Memory
-from mbpa_lm.progress import ProgressBar
-from mbpa_lm.resources import make_history, make_memory, make_slow_weights
-from mbpa_lm.scoring import StreamScores, score_stream
-from mbpa_lm.tuned import Tuned
+from mbpa_lm.scoring.resources import make_history, make_memory, make_slow_weights
+from mbpa_lm.scoring.stream import StreamScores, score_stream
+from mbpa_lm.system.progress import ProgressBar
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from mbpa_lm.config.checks import known
 from mbpa_lm.errors import AdaptationError
 from mbpa_lm.experts.persistent import PersistentExpert
-from mbpa_lm.resources import make_experts
+from mbpa_lm.scoring.resources import make_experts
 from mbpa_lm.tuning.passes import Validation
 
 FACTOR = 2.0

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbpa_lm.checkpoints.scales import measure_norm
 from mbpa_lm.config.checks import known
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.cache import CacheExpert
 from mbpa_lm.experts.knn import KnnExpert
 from mbpa_lm.memory.base import EntryStore, Neighbours
-from mbpa_lm.mixture import best_weights, mix
-from mbpa_lm.scales import measure_norm
-from mbpa_lm.scoring import StreamScores
+from mbpa_lm.mixing.mixture import best_weights, mix
+from mbpa_lm.scoring.stream import StreamScores
 from mbpa_lm.tuning.passes import Validation
 
 THETAS = (2, 4, 6, 8, 12, 16, 24, 32)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mbpa_lm.dynamic_evaluation import DynamicModel, DynamicRule
 from mbpa_lm.experts.base import Chunk
 from mbpa_lm.experts.cache import CacheExpert
+from mbpa_lm.experts.dynamic_model import DynamicModel, DynamicRule
 from mbpa_lm.experts.knn import KnnExpert
 from mbpa_lm.memory.history import UNBOUNDED, StreamHistory
 from tests.conftest import ListedStore, small_model

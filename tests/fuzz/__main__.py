@@ -14,8 +14,18 @@ import tempfile
 import time
 from pathlib import Path
 
-COMPILED = ("adaptation.likely_words", "adaptation.products", "adaptation.slow_weights", "adaptation.steps", "adaptation.words",
-            "experts.cache", "gate", "largest", "memory.datastore.measuring_compiled", "memory.nearest")  # fmt: skip
+COMPILED = (
+    "adaptation.likely_words",
+    "adaptation.products",
+    "adaptation.slow_weights",
+    "adaptation.steps",
+    "adaptation.words",
+    "experts.cache",
+    "memory.datastore.measuring_compiled",
+    "memory.nearest",
+    "mixing.gate",
+    "numerics.largest",
+)
 
 NAMES = (
     "pointers",

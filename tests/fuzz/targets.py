@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save
 
 from mbpa_lm import commands
 from mbpa_lm.adaptation.slow_weights import SlowRule, SlowWeights
-from mbpa_lm.checkpoint import find_checkpoint, load_checkpoint
+from mbpa_lm.checkpoints.checkpoint import find_checkpoint, load_checkpoint
+from mbpa_lm.checkpoints.gradient_scale import LAYER_FILE, gradient_scale
+from mbpa_lm.checkpoints.scales import FILE as NORM_FILE
+from mbpa_lm.checkpoints.scales import mean_squared_norm
+from mbpa_lm.checkpoints.tuned import load_tuned
 from mbpa_lm.config import PersistentConfig
 from mbpa_lm.data import streams
 from mbpa_lm.data.text_files import SplitFiles
 from mbpa_lm.data.tokenizers import SentencePieceTokenizer, WordTokenizer, load_tokenizer
-from mbpa_lm.gradient_scale import LAYER_FILE, gradient_scale
 from mbpa_lm.results.page import results_page
 from mbpa_lm.results.runs import load_runs
-from mbpa_lm.scales import FILE as NORM_FILE
-from mbpa_lm.scales import mean_squared_norm
 from mbpa_lm.training import train
-from mbpa_lm.tuned import load_tuned
 from tests.fuzz.memories import datastore, index, settings
 from tests.fuzz.mutations import Read, patched, tolerant, variants
 from tests.integrations.words import save_tokenizer

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from mbpa_lm.durable import take_lock
 from mbpa_lm.errors import DatastoreError
 from mbpa_lm.memory.datastore import entry_files, manifest
 from mbpa_lm.memory.datastore.index import read_index
 from mbpa_lm.memory.datastore.manifest import Identity
 from mbpa_lm.memory.datastore.store import LOCK, Datastore
+from mbpa_lm.system.durable import take_lock
 from tests.memory.stores import IDENTITY, LIKELY, D, all_entries, assert_finds_the_nearest, entries_from, make, queries
 
 COLUMN_FILES = ["keys", "values", "log_partitions", "documents", "likely_words", "likely_probabilities"]

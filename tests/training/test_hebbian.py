@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mbpa_lm.processes import Processes
+from mbpa_lm.system.processes import Processes
 from mbpa_lm.training.hebbian import HebbianRule
 
 V, D = 6, 4

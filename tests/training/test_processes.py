@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mbpa_lm import commands
-from mbpa_lm.checkpoint import load_checkpoint
+from mbpa_lm.checkpoints.checkpoint import load_checkpoint
 from mbpa_lm.config import Config
 from mbpa_lm.errors import ConfigError
-from mbpa_lm.processes import Processes
+from mbpa_lm.system.processes import Processes
 from mbpa_lm.training.run import check_training
 from tests.conftest import GPT2
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mbpa_lm import commands
-from mbpa_lm.checkpoint import find_checkpoint, load_checkpoint
+from mbpa_lm.checkpoints.checkpoint import find_checkpoint, load_checkpoint
 from mbpa_lm.training.run import TrainingRun
 from tests.conftest import GPT2
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbpa_lm.durable import replacing
 from mbpa_lm.errors import DatastoreError, reason
-from mbpa_lm.machine import release_freed_memory, resident_bytes
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.datastore.checksums import BlockChecksums
 from mbpa_lm.memory.datastore.manifest import Layout
+from mbpa_lm.system.durable import replacing
+from mbpa_lm.system.machine import release_freed_memory, resident_bytes
 
 BLOCK = 1 << 16
 READ_AT_ONCE = 1 << 23

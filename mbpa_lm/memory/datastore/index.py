@@ -21,11 +21,11 @@ from typing import Any, Literal
 import faiss
 import numpy as np
 
-from mbpa_lm.durable import replacing
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.datastore.manifest import IndexKind, IndexRecord, Layout
 from mbpa_lm.memory.nearest_faiss import has_gpu_build
 from mbpa_lm.memory.nearest_plain import SPARE_CANDIDATES
+from mbpa_lm.system.durable import replacing
 
 EXACT_UP_TO = 20_000
 """Entries up to which every key is measured."""

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mbpa_lm.durable import file_hash
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.datastore import index as indexes
 from mbpa_lm.memory.datastore.entry_files import EntryFiles
 from mbpa_lm.memory.datastore.exact import rows_at_once, search_blocks, with_norms
 from mbpa_lm.memory.datastore.manifest import IndexKind, IndexRecord, Manifest
+from mbpa_lm.system.durable import file_hash
 
 RECALL_AT, RECALL_QUERIES, RECALL_WANTED = 32, 256, 0.95
 OnIndexing = Callable[[str, int, int], None]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mbpa_lm.durable import replacing
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.datastore.entry_files import columns
 from mbpa_lm.memory.datastore.exact import rows_at_once
 from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.system.durable import replacing
 
 SAFETENSORS_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int32": "I32"}
 

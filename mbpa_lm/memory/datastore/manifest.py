@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mbpa_lm.durable import replace_json
 from mbpa_lm.errors import DatastoreError, reason
+from mbpa_lm.system.durable import replace_json
 
 FORMAT = 1
 FILE = "manifest.json"

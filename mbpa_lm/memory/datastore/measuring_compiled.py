@@ -7,8 +7,8 @@ comes first.
 import numpy as np
 from numba import prange
 
-from mbpa_lm.compiled import compiled_loop, compiled_part
 from mbpa_lm.memory.nearest_compiled import squared_distance
+from mbpa_lm.numerics.compiled import compiled_loop, compiled_part
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 

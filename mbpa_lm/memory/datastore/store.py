@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbpa_lm.durable import file_hash, hold, sync
 from mbpa_lm.errors import DatastoreError, reason
 from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.memory.datastore import index as indexes
@@ -42,6 +41,7 @@ from mbpa_lm.memory.datastore.measuring import nearest_entries, read_entries
 from mbpa_lm.memory.datastore.open_index import OpenIndex, check_fits
 from mbpa_lm.memory.datastore.unchanged import FILE as UNCHANGED_FILE
 from mbpa_lm.memory.datastore.unchanged import are_unchanged, note_unchanged
+from mbpa_lm.system.durable import file_hash, hold, sync
 
 INDEXED_SHARE = 0.9
 """Share of the entries below which an index is to be made again: the others are searched one by one."""

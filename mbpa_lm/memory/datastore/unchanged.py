@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from mbpa_lm.durable import replace_json
 from mbpa_lm.errors import DAMAGES
+from mbpa_lm.system.durable import replace_json
 
 FILE = "unchanged.json"
 

@@ -1,0 +1,1 @@
+"""Several experts become one distribution."""

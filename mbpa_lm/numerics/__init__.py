@@ -1,0 +1,1 @@
+"""Loops that the CPU runs compiled, and arithmetic that several folders share."""

@@ -1,0 +1,1 @@
+"""A model reads texts into memories on disk."""

@@ -1,0 +1,1 @@
+"""Numbers of a run: computed, shown, written and sent."""

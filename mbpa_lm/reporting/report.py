@@ -1,0 +1,116 @@
+"""The results of an evaluation: metrics.json, the loss of every token, and a table on the terminal."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from mbpa_lm.checkpoints.tuned import Tuned
+from mbpa_lm.errors import RunFolderError, reason
+from mbpa_lm.scoring.stream import StreamScores
+from mbpa_lm.system.progress import console
+
+METRICS_FILE = "metrics.json"
+LOSSES_FILE = "losses.safetensors"
+
+
+def write_results(folder: Path, metrics: Mapping[str, Any], scores: StreamScores) -> Path:
+    """Write metrics.json and losses.safetensors into the run folder, each whole or not at all."""
+    path = folder / METRICS_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        losses = {name: torch.from_numpy(values) for name, values in scores.losses.items()}
+        save_file(losses, folder / f".{LOSSES_FILE}")
+        (folder / f".{METRICS_FILE}").write_text(json.dumps(metrics, indent=1) + "\n")
+        for name in (LOSSES_FILE, METRICS_FILE):
+            os.replace(folder / f".{name}", folder / name)
+    except (OSError, SafetensorError) as error:
+        for temporary in (folder / f".{LOSSES_FILE}", folder / f".{METRICS_FILE}"):
+            temporary.unlink(missing_ok=True)
+        raise RunFolderError(f"results could not be written to {folder}: {reason(error)}; earlier ones are untouched") from None
+    return path
+
+
+def print_tables(metrics: Mapping[str, Any]) -> None:
+    """Print the experts side by side, then where their losses differ."""
+    experts = metrics["experts"]
+    base = experts["base"]["perplexity"]
+    stream = metrics["stream"]
+    title = f"{stream['name']}: {stream['scored']:,} tokens scored of {stream['tokens']:,}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("expert", no_wrap=True)
+    by_word = any(values["bits_per_word"] != values["bits_per_token"] for values in experts.values())
+    bits = ["bits_per_word" if by_word else "bits_per_token", "bits_per_character"]
+    for heading in ("perplexity", "vs base", *(name.replace("_per_", "/").removesuffix("acter") for name in bits), "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, values in experts.items():
+        table.add_row(
+            name,
+            f"{values['perplexity']:.2f}",
+            "" if name == "base" else f"{values['perplexity'] / base - 1:+.1%}",
+            *(f"{values[measure]:.3f}" for measure in bits),
+            f"{values['tokens_per_second']:,.0f}",
+        )
+    console.print(table)
+    _print_groups("perplexity by occurrences of the word in training", experts, "by_training_frequency")
+    _print_groups("perplexity by occurrence in the stream", experts, "by_recurrence")
+    _print_groups("perplexity by positions since the word last occurred", experts, "by_distance")
+    if stream["documents"] > 1:
+        _print_groups("perplexity by position in the document", experts, "by_document_position")
+    if "gate" in metrics:
+        _print_gate(metrics["gate"], experts["gate"]["perplexity"])
+    gpu = metrics["peak_gpu_memory_bytes"]
+    console.print(f"peak memory {metrics['peak_memory_bytes'] / 1e6:,.0f} MB{f', GPU {gpu / 1e6:,.0f} MB' if gpu else ''}")
+
+
+def print_tuned(tuned: Tuned) -> None:
+    """Print what tuning gave on the validation text, of the adaptation on a part of it that nothing was fitted on."""
+    table = Table(title=f"perplexity on {tuned.stream}, the part tuned on", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("expert")
+    columns = ("base", "configured", "best grid point", "tuned")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, losses in tuned.losses.items():
+        table.add_row(name, *(f"{math.exp(losses[column]):.2f}" if column in losses else "" for column in columns))
+    console.print(table)
+
+
+def _print_groups(title: str, experts: Mapping[str, Any], group: str) -> None:
+    """Print the base model's perplexity by group, and the change of every other expert."""
+    base = {row: values for row, values in experts["base"][group].items() if values["tokens"]}
+    table = Table(title=f"{title}; of the others, change against base", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("expert", no_wrap=True)
+    for row, values in base.items():
+        label = re.sub(r"(?<=\d)-(?=\d)", "-\n", row)  # a range of large numbers is wider than what stands below it
+        table.add_column(f"{label}\n({values['tokens']:,})", justify="right")
+    table.add_row("base", *(f"{values['perplexity']:,.1f}" for values in base.values()))
+    for name, values in experts.items():
+        if name != "base":
+            changes = [values[group][row]["perplexity"] / base[row]["perplexity"] - 1 for row in base]
+            table.add_row(name, *(f"{change:+.1%}" for change in changes))
+    console.print(table)
+
+
+def _print_gate(gate: Mapping[str, Any], whole: float) -> None:
+    table = Table(title="the gate: mean weights, and its perplexity without an expert", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("expert", no_wrap=True)
+    for heading in ("weight", "without it", "costs"):
+        table.add_column(heading, justify="right")
+    for name in [*gate["weights"], *(name for name in gate["without"] if name not in gate["weights"])]:
+        weight = f"{gate['weights'][name]:.3f}" if name in gate["weights"] else ""
+        without = gate["without"].get(name)
+        cells = [f"{without['perplexity']:.2f}", f"{without['perplexity'] / whole - 1:+.1%}"] if without else ["", ""]
+        table.add_row(name, weight, *cells)
+    console.print(table)
+    noisy = gate["with_a_noise_expert"]["perplexity"]
+    console.print(f"with one more expert that predicts noise: {noisy:.2f} ({noisy / whole - 1:+.2%})")
+    console.print(f"the best fixed weights, chosen in hindsight: {gate['best_fixed_weights_in_hindsight']['perplexity']:.2f}")
