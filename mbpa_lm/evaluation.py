@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mbpa_lm.checkpoints.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint
 from mbpa_lm.checkpoints.pretrained import pretrained_checkpoint
-from mbpa_lm.checkpoints.tuned import Tuned, load_tuned, save_tuned
+from mbpa_lm.checkpoints.tuned import Tuned, being_tuned, load_tuned, save_tuned
 from mbpa_lm.config import Config, RemoteConfig
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
@@ -226,8 +226,9 @@ def _gate_rule(config: Config) -> GateRule:
 
 def _tune(config: Config, checkpoint: Checkpoint) -> None:
     stream = _tokenize(config, checkpoint, own_corpus(config, checkpoint), "valid")
-    tuned = tune(config, checkpoint, stream, load_tuned(checkpoint.folder, checkpoint.model.hidden_size))
-    path = save_tuned(checkpoint.folder, tuned)
+    with being_tuned(checkpoint.folder):
+        tuned = tune(config, checkpoint, stream, load_tuned(checkpoint.folder, checkpoint.model.hidden_size))
+        path = save_tuned(checkpoint.folder, tuned)
     print_tuned(tuned)
     console.print(f"written to {path}")
 

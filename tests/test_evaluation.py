@@ -2,10 +2,10 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from mbpa_lm import commands
 from mbpa_lm.config import AdaptationConfig
+from mbpa_lm.system.durable import file_hash
 from mbpa_lm.system.progress import console
 
 Options = Callable[..., list[str]]
@@ -149,16 +150,26 @@ def test_only_so_many_tokens_are_scored(options: Options, trained_run: Path, tmp
     assert evaluate(options, trained_run, tmp_path, "--evaluation.max_tokens", "50")["stream"]["scored"] == 50
 
 
+@pytest.mark.parametrize("where", ["writing", "the last renaming"])
 def test_results_that_cannot_be_written_leave_the_earlier_ones(
-    options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: Options,
+    trained_run: Path,
+    tmp_path: Path,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    evaluate(options, trained_run, tmp_path)
+    metrics, replace = evaluate(options, trained_run, tmp_path), os.replace
+    assert file_hash(tmp_path / "losses.safetensors") == metrics["losses_sha256"]
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "log.jsonl"}
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mbpa_lm.reporting.report.json", SimpleNamespace(dumps=lambda *_, **__: full()))
+    if where == "writing":
+        monkeypatch.setattr("mbpa_lm.reporting.report.write_json", full)
+    else:
+        monkeypatch.setattr(os, "replace", lambda one, two: full() if two.name == "metrics.json" else replace(one, two))
     arguments = options(tmp_path, "--checkpoint", str(trained_run), "--evaluation.max_tokens", "50")
     assert commands.evaluate(arguments) == 6
     assert "results could not be written" in capsys.readouterr().err

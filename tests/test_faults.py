@@ -24,12 +24,13 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from mbpa_lm import commands, evaluation, memory_commands
-from mbpa_lm.checkpoints.checkpoint import has_checkpoint
+from mbpa_lm.checkpoints.checkpoint import find_checkpoint, has_checkpoint
+from mbpa_lm.checkpoints.tuned import being_tuned
 from mbpa_lm.experts.cache import CacheExpert
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.models.lstm import LSTMLanguageModel
 from mbpa_lm.reporting import tracking
-from mbpa_lm.system.durable import lock_open_file
+from mbpa_lm.system.durable import lock_open_file, take_lock
 from mbpa_lm.system.mapped_files import LOST_FILE, MESSAGE
 from mbpa_lm.system.out_of_memory import in_halves
 from mbpa_lm.training.run import TrainingRun
@@ -59,6 +60,75 @@ def test_a_second_writer_of_a_run_folder_is_refused(
         assert f"run.folder {tmp_path} is being written by another process; name another folder" in last_error(capsys)
         assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
     assert getattr(commands, job)(arguments) == 0  # and when the first is done, it is free
+
+
+def test_what_another_process_has_trained_meanwhile_is_not_trained_over(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, begin = tmp_path / "run", TrainingRun.__init__
+
+    def after_another(self: TrainingRun, *arguments: object) -> None:
+        monkeypatch.undo()
+        assert commands.train(options(folder, "--training.epochs", "1")) == 0
+        begin(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingRun, "__init__", after_another)
+    assert commands.train(options(folder, "--training.epochs", "1", "--run.seed", "7")) == 6
+    assert f"run.folder {folder} has been written by another process meanwhile; begin again" in last_error(capsys)
+    assert json.loads(next(folder.glob("checkpoints/*/training.json")).read_text())["seed"] != 7
+
+
+def test_one_process_tunes_a_checkpoint(
+    options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    arguments = options(tmp_path / "scored", "--checkpoint", str(run), "--experts", "base,cache", "--tune")
+    with being_tuned(find_checkpoint(run)):
+        assert commands.evaluate(arguments) == 6
+    assert "is being tuned by another process; wait until it is done" in last_error(capsys)
+
+
+def test_one_process_merges_into_a_folder(
+    options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    build = options(tmp_path / "run", "--checkpoint", str(trained_run))
+    for folder in folders:
+        assert memory_commands.memory(["build", *build, "--output", str(folder)]) == 0
+    merge = ["merge", *map(str, folders), "--output", str(tmp_path / "both")]
+    lock = take_lock(tmp_path / ".both.lock")
+    assert lock is not None
+    assert memory_commands.memory(merge) == 7
+    assert "both is being written by another process; wait until it is done" in last_error(capsys)
+    os.close(lock)
+    assert memory_commands.memory(merge) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "one", "two"]
+
+
+def test_what_a_stranger_put_into_a_run_folder_is_not_written_through_nor_removed(
+    options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious, run = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("mine")
+    run.mkdir()
+    (run / ".losses.safetensors").symlink_to(precious)
+    (run / ".metrics.json.saving").symlink_to(precious)
+    scoring = options(run, "--checkpoint", str(trained_run), "--experts", "base", "--evaluation.max_tokens", "50")
+    assert commands.evaluate(scoring) == 0
+    (run / "log.jsonl").unlink()
+    (run / "log.jsonl").symlink_to(precious)
+    assert commands.evaluate(scoring) == 6
+    assert "log.jsonl is a link, a pipe or a device; remove it, or name another run.folder" in last_error(capsys)
+    assert precious.read_text() == "mine"
+
+    trained = options(tmp_path / "trained", "--training.save_steps", "20")
+    (tmp_path / "trained" / "checkpoints" / "notes").mkdir(parents=True)
+    assert commands.train(trained) == 0
+    assert (tmp_path / "trained" / "checkpoints" / "notes").is_dir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "checkpoints").symlink_to(tmp_path)
+    assert commands.train(options(tmp_path / "linked")) == 4
+    assert "checkpoints is a link; checkpoints lie in their run folder" in last_error(capsys)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ happens in between, the previous checkpoint is whole.
 """
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -32,9 +31,10 @@ from mbpa_lm.config import Config, ModelConfig
 from mbpa_lm.data.tokenizers import Tokenizer, load_tokenizer
 from mbpa_lm.errors import DAMAGES, CheckpointError, ConfigError, reason
 from mbpa_lm.models.build import Model, build_model, check_sizes
-from mbpa_lm.system.durable import file_hash, replace_json, sync, write_json
+from mbpa_lm.system.durable import file_hash, read_json, replace_json, sync, write_json
 
 FORMAT = 1
+NAME, SAVING = re.compile(r"step-\d+"), ".saving-"
 POINTER = "checkpoint.json"
 COUNTS = "training_token_counts"
 
@@ -79,8 +79,10 @@ def save_checkpoint(
     target = run_folder / "checkpoints" / f"step-{step:06d}"
     pointers = _read_pointers(run_folder)
     with _report_failure(target, pointers.get("last")):
+        if target.parent.is_symlink():
+            raise CheckpointError(f"{target.parent} is a link; checkpoints lie in their run folder")
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=SAVING, dir=target.parent))
         temporary.chmod(0o755)  # a checkpoint is for others to read too
         try:
             save_file({**weights, COUNTS: token_counts}, temporary / "model.safetensors")
@@ -112,7 +114,7 @@ def save_checkpoint(
         pointers = {"best": target.name if is_best else pointers.get("best", target.name), "last": target.name}
         replace_json(run_folder / POINTER, pointers)
     for folder in target.parent.iterdir():
-        if folder.name not in pointers.values():
+        if folder.name not in pointers.values() and (NAME.fullmatch(folder.name) or folder.name.startswith(SAVING)):
             shutil.rmtree(folder, ignore_errors=True)
     return target
 
@@ -145,7 +147,7 @@ def load_checkpoint(path: Path, which: str = "best", with_position: bool = False
         _load_weights(model, tensors)
         position = None
         if with_position:
-            values = json.loads((folder / "training.json").read_text())
+            values = read_json(folder / "training.json")
             parts = ("position", "optimizer", "training")
             if not isinstance(values, dict) or "seed" not in values or not all(isinstance(values.get(x), dict) for x in parts):
                 raise CheckpointError(f"{folder} cannot be resumed: its training state is damaged (training.json lacks a part)")
@@ -171,17 +173,22 @@ def find_checkpoint(path: Path, which: str = "best") -> Path:
 
 def has_checkpoint(run_folder: Path) -> bool:
     """Say whether a run folder holds a checkpoint to go on from."""
-    return "last" in _read_pointers(run_folder)
+    return last_checkpoint(run_folder) is not None
+
+
+def last_checkpoint(run_folder: Path) -> str | None:
+    """Return the name of the last checkpoint of a run, None before the first."""
+    return _read_pointers(run_folder).get("last")
 
 
 def training_record(folder: Path) -> dict[str, Any]:
     """Return how a checkpoint was trained: seed, settings, steps, seconds, best loss and command, as far as its folder says."""
     try:
-        values = json.loads((folder / "training.json").read_text())
+        values = read_json(folder / "training.json")
         position = values["position"]
         record = {key: values[key] for key in ("seed", "training", "command", "commit", "machine") if key in values}
         return {**record, **{key: position[key] for key in ("step", "seconds", "best_loss") if key in position}}
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGES:
         return {}
 
 
@@ -200,7 +207,7 @@ def check_same_settings(folder: Path, config: Config) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_json(folder / "manifest.json")
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"checkpoint {folder} has format {manifest['format']}; this version reads {FORMAT}")
         for key in ("model", "tokenizer", "vocabulary_size", "corpus", "files"):
@@ -213,8 +220,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _read_pointers(run_folder: Path) -> dict[str, str]:
     try:
-        pointers = dict(json.loads((run_folder / POINTER).read_text()))
-        if not all(isinstance(name, str) and re.fullmatch(r"step-\d+", name) for name in pointers.values()):
+        pointers = dict(read_json(run_folder / POINTER))
+        if not all(isinstance(name, str) and NAME.fullmatch(name) for name in pointers.values()):
             raise ValueError("it does not name checkpoints")
         return pointers
     except FileNotFoundError:

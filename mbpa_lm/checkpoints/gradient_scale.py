@@ -131,6 +131,8 @@ def _kept(
 
 
 def _read(path: Path, settings: str, device: torch.device) -> dict[str, Tensor]:
+    if not path.is_file():
+        return {}
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             if (file.metadata() or {}).get("settings") != settings:

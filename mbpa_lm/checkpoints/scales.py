@@ -8,7 +8,6 @@ vocabulary. The numbers here were right for LSTMs on the validation texts of PTB
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +19,7 @@ import torch
 from mbpa_lm.config import Config
 from mbpa_lm.errors import DAMAGES
 from mbpa_lm.models.base import LanguageModel
-from mbpa_lm.system.durable import replace_json
+from mbpa_lm.system.durable import read_json, replace_json
 
 FILE = "hidden_states.json"
 TOKENS = 2048
@@ -61,7 +60,7 @@ def mean_squared_norm(folder: Path, model: LanguageModel, training_tokens: Calla
     """Return the mean squared norm of hidden states on the first training tokens, measured once a checkpoint."""
     path = folder / FILE
     try:
-        kept = json.loads(path.read_text())
+        kept = read_json(path)
         if kept["tokens"] == TOKENS and 0 < kept["mean_squared_norm"] < math.inf:
             return float(kept["mean_squared_norm"])
     except DAMAGES:

@@ -1,6 +1,8 @@
 """What `evaluate.py --tune` found, kept with the checkpoint as tuned.json, and how it enters the configuration."""
 
-import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mbpa_lm.config import Config
-from mbpa_lm.errors import CheckpointError, MbpaError, RunFolderError, reason
-from mbpa_lm.system.durable import replace_json
+from mbpa_lm.errors import DAMAGES, CheckpointError, MbpaError, RunFolderError, reason
+from mbpa_lm.system.durable import read_json, replace_json, take_lock
 
 FILE = "tuned.json"
+LOCK = ".tuning.lock"
 FORMAT = 1
 
 
@@ -47,6 +50,24 @@ class Tuned:
         )
 
 
+@contextmanager
+def being_tuned(folder: Path) -> Iterator[None]:
+    """Keep other processes from tuning the same checkpoint: each adds to what the others have found.
+
+    Raises RunFolderError where another one does, or where the folder cannot be written.
+    """
+    try:
+        lock = take_lock(folder / LOCK)
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be written: {reason(error)}; tune a copy of the run") from None
+    if lock is None:
+        raise RunFolderError(f"{folder} is being tuned by another process; wait until it is done")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 def save_tuned(folder: Path, tuned: Tuned) -> Path:
     """Write tuned.json into a checkpoint's folder, whole or not at all. Raises RunFolderError where it cannot."""
     path = folder / FILE
@@ -63,7 +84,7 @@ def load_tuned(folder: Path, hidden_size: int) -> Tuned | None:
     if not path.exists():
         return None
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: dict[str, Any] = read_json(path)
         if values.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         tuned = Tuned(**values)
@@ -72,7 +93,7 @@ def load_tuned(folder: Path, hidden_size: int) -> Tuned | None:
         if not all(weight >= 0 for weight in tuned.weights.values()):
             raise ValueError("a weight of the mixture is negative")
         tuned.apply(Config())  # checks the values as any configuration's
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, MbpaError) as error:
+    except (*DAMAGES, MbpaError) as error:
         raise CheckpointError(
             f"{path} cannot be used: {reason(error)}; delete it, or leave it aside with --evaluation.tuned false"
         ) from None

@@ -21,6 +21,7 @@ import numpy as np
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.tokenizers import Tokenizer, words_up_to
 from mbpa_lm.errors import DAMAGES, DataError
+from mbpa_lm.system.durable import read_json
 
 FORMAT = 1
 ARRAYS = ("tokens", "characters", "words")
@@ -127,10 +128,12 @@ def _encode(
 
 def _read(path: Path, name: str, vocabulary_size: int) -> TokenStream:
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = read_json(path / "manifest.json")
         if manifest["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"its tokens are said to be {manifest['dtype']!r}")
         dtypes = {"tokens": np.dtype(manifest["dtype"]), "characters": np.dtype("u2"), "words": np.dtype("u2")}
+        if not all((path / f"{array}.bin").is_file() for array in ARRAYS):
+            raise ValueError("it lacks a file")
         arrays = {array: np.memmap(path / f"{array}.bin", dtype=dtypes[array], mode="r") for array in ARRAYS}
         starts = np.array(manifest["document_starts"], dtype=np.int64)
         if starts.ndim != 1 or (np.diff(starts, prepend=-1, append=manifest["tokens"]) <= 0).any():

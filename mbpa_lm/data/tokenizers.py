@@ -16,6 +16,7 @@ import numpy as np
 from mbpa_lm.config import TokenizerConfig
 from mbpa_lm.data.pieces import Piece
 from mbpa_lm.errors import CheckpointError, ConfigError, DataError, reason
+from mbpa_lm.system.durable import read_json
 
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
@@ -95,7 +96,7 @@ class WordTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "WordTokenizer":
-        words = json.loads((folder / WORDS_FILE).read_text(encoding="utf-8"))
+        words = read_json(folder / WORDS_FILE)
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise CheckpointError(f"{folder / WORDS_FILE} is not a list of words")
         return cls(words)
@@ -226,6 +227,9 @@ def make_tokenizer(config: TokenizerConfig, training_pieces: Iterator[Piece]) ->
 
 def load_tokenizer(kind: str, folder: Path) -> Tokenizer:
     """Load a tokenizer that `save` wrote; raises CheckpointError where its files are missing or damaged."""
+    strange = [path for path in folder.rglob("*") if not path.is_file() and not path.is_dir()]
+    if strange:  # a pipe or a device may never end
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {strange[0]} is no regular file")
     try:
         if kind == "word":
             return WordTokenizer.load(folder)

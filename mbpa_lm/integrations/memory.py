@@ -9,7 +9,6 @@ model reads is remembered in a window, one for all rows of a batch or one for ea
 """
 
 import hashlib
-import json
 import math
 import shutil
 import tempfile
@@ -39,7 +38,7 @@ from mbpa_lm.models.pretrained import LONGEST_CONTEXT
 from mbpa_lm.models.transformer import TransformerLanguageModel
 from mbpa_lm.remembering.datastores import build, index_kind, limit_of
 from mbpa_lm.remembering.remember import Text
-from mbpa_lm.system.durable import replace_json
+from mbpa_lm.system.durable import read_json, replace_json
 
 Rows = Literal["shared", "own"]
 SETTINGS = "settings.json"
@@ -94,7 +93,7 @@ class Memory:
         """
         path = Path(folder)
         try:
-            saved = json.loads((path / SETTINGS).read_text()) if (path / SETTINGS).is_file() else {}
+            saved = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else {}
             kept, norm = dict(saved.get("settings", {})), saved.get("mean_squared_norm")
             if norm is not None and not 0 < norm < math.inf:
                 raise ValueError(f"mean_squared_norm is {norm}")
@@ -221,7 +220,10 @@ class Memory:
             self._temporary = None
 
     def _open(self, folder: Path) -> None:
-        store = Datastore.open(folder, self.identity, limit_of(self.config), gpus=self.config.gpus)
+        vocabulary_size = self.language_model.vocabulary_size
+        store = Datastore.open(
+            folder, self.identity, limit_of(self.config), gpus=self.config.gpus, vocabulary_size=vocabulary_size
+        )
         if store.likely_words != self.config.likely_words:
             raise DatastoreError(
                 f"the memory in {folder} keeps {store.likely_words} likely words an entry; open it with likely_words="

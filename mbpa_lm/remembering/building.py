@@ -1,5 +1,6 @@
 """What `mbpa-memory` does: memories built from texts, added to, indexed, described, checked, joined and copied out."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.remembering.datastores import GIB, build, build_index, identity_of, likely_words_kept, limit_of
 from mbpa_lm.remembering.remember import Text
 from mbpa_lm.remembering.training_text import training_text
+from mbpa_lm.system.durable import hold
 from mbpa_lm.system.machine import peak_memory_bytes, pick_device
 from mbpa_lm.system.progress import ProgressBar, console, token_progress
 
@@ -132,11 +134,14 @@ def merge_memories(folders: Sequence[Path], output: Path, resident_gib: float = 
     check_alike(stores)
     for store in stores:
         check_whole(store)
-    if output.exists():
-        raise DatastoreError(f"{output} is there already; name another folder")
-    temporary = output.with_name(f".{output.name}.merging")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, lock_path = (output.with_name(f".{output.name}.{name}") for name in ("merging", "lock"))
+    with contextlib.suppress(OSError):  # said by the next line
+        output.parent.mkdir(parents=True, exist_ok=True)
+    lock = hold(lock_path, output)
     try:
+        if output.exists():
+            raise DatastoreError(f"{output} is there already; name another folder")
+        shutil.rmtree(temporary, ignore_errors=True)
         with Datastore.create(temporary, stores[0].manifest.identity, stores[0].manifest.layout, limit) as target:
             for store in stores:
                 with ProgressBar(f"copying {store.folder}", len(store), "entries") as progress:
@@ -148,6 +153,8 @@ def merge_memories(folders: Sequence[Path], output: Path, resident_gib: float = 
         raise DatastoreError(f"{output} could not be written: {reason(error)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        lock_path.unlink(missing_ok=True)
+        os.close(lock)
     show_memory(output)
 
 

@@ -47,7 +47,13 @@ def open_one(config: Config, checkpoint: Checkpoint, folder: Path) -> Datastore:
     use = (folder.resolve(), limit_of(config.memory), config.memory.gpus)
     store = _OPEN.get(use)
     if store is None or store.manifest != read_manifest(folder) or store.manifest.identity != identity_of(checkpoint):
-        store = Datastore.open(folder, identity_of(checkpoint), limit_of(config.memory), gpus=config.memory.gpus)
+        store = Datastore.open(
+            folder,
+            identity_of(checkpoint),
+            limit_of(config.memory),
+            gpus=config.memory.gpus,
+            vocabulary_size=checkpoint.model.vocabulary_size,
+        )
         _OPEN[use] = store
     return store
 

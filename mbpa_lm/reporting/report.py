@@ -1,6 +1,6 @@
 """The results of an evaluation: metrics.json, the loss of every token, and a table on the terminal."""
 
-import json
+import contextlib
 import math
 import os
 import re
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from mbpa_lm.checkpoints.tuned import Tuned
 from mbpa_lm.errors import RunFolderError, reason
 from mbpa_lm.scoring.stream import StreamScores
+from mbpa_lm.system.durable import file_hash, replacing, write_json
 from mbpa_lm.system.progress import console
 
 METRICS_FILE = "metrics.json"
@@ -24,19 +25,27 @@ LOSSES_FILE = "losses.safetensors"
 
 
 def write_results(folder: Path, metrics: Mapping[str, Any], scores: StreamScores) -> Path:
-    """Write metrics.json and losses.safetensors into the run folder, each whole or not at all."""
-    path = folder / METRICS_FILE
+    """Write metrics.json and losses.safetensors into the run folder, both or neither.
+
+    Where the process is killed between the two, the losses are not those whose hash is in metrics.json.
+    """
+    path, losses_path, earlier = (folder / name for name in (METRICS_FILE, LOSSES_FILE, f".{LOSSES_FILE}.earlier"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         losses = {name: torch.from_numpy(values) for name, values in scores.losses.items()}
-        save_file(losses, folder / f".{LOSSES_FILE}")
-        (folder / f".{METRICS_FILE}").write_text(json.dumps(metrics, indent=1) + "\n")
-        for name in (LOSSES_FILE, METRICS_FILE):
-            os.replace(folder / f".{name}", folder / name)
+        earlier.unlink(missing_ok=True)
+        if losses_path.is_file():
+            os.link(losses_path, earlier)
+        with replacing(path) as metrics_written, replacing(losses_path) as losses_written:
+            save_file(losses, losses_written)
+            write_json(metrics_written, {**metrics, "losses_sha256": file_hash(losses_written)})
     except (OSError, SafetensorError) as error:
-        for temporary in (folder / f".{LOSSES_FILE}", folder / f".{METRICS_FILE}"):
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.replace(earlier, losses_path)  # which does nothing where they are one file
         raise RunFolderError(f"results could not be written to {folder}: {reason(error)}; earlier ones are untouched") from None
+    finally:
+        with contextlib.suppress(OSError):
+            earlier.unlink(missing_ok=True)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,8 @@ class RunLog:
         self._artifacts = tracking.artifacts
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if not silent and os.path.lexists(self._path) and not stat.S_ISREG(self._path.lstat().st_mode):
+                raise RunFolderError(f"{self._path} is a link, a pipe or a device; remove it, or name another run.folder")
             self._file = self._path.open("a", encoding="utf-8")
             if not silent:
                 lock_open_file(self._file)

@@ -8,6 +8,7 @@ from typing import Any
 from mbpa_lm.config import EXPERTS, MEMORY_EXPERTS
 from mbpa_lm.errors import DAMAGES, DataError, reason
 from mbpa_lm.reporting.report import METRICS_FILE
+from mbpa_lm.system.durable import read_json
 
 TEXTS = {"ptb": "Penn Treebank", "wikitext-2": "WikiText-2", "builtin": "Python's documentation"}
 
@@ -83,7 +84,7 @@ def load_runs(folder: Path) -> list[Run]:
     runs = []
     for path in sorted(folder.glob(f"*/{METRICS_FILE}")):
         try:
-            run = Run(path.parent, json.loads(path.read_text(encoding="utf-8")))
+            run = Run(path.parent, read_json(path))
             run.order()
             run.is_like()
         except DAMAGES as error:

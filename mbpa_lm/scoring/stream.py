@@ -171,8 +171,19 @@ def _score(expert: Expert, chunk: Chunk, targets: torch.Tensor, scores: StreamSc
     """Write down what an expert gives for the positions of a chunk, which start at `first`; in parts where memory is short."""
 
     def score(part: slice) -> None:
-        whole = part == slice(0, len(targets))
-        _score_at_once(expert, chunk if whole else chunk.part(part), targets[part], scores, first + part.start, guard)
+        own_chunk = chunk if part == slice(0, len(targets)) else chunk.part(part)
+        try:
+            own = _own(expert, own_chunk, targets[part], first + part.start, guard)
+        except AdaptationError:
+            if not guard.may_fall_back(expert.name):
+                raise
+            if part.stop - part.start > 1 and not expert.learns:
+                middle = (part.start + part.stop) // 2  # so that no position falls back for what happens at another
+                score(slice(part.start, middle))
+                score(slice(middle, part.stop))
+                return
+            own = torch.full(targets[part].shape, math.nan)
+        _write_down(expert, own, own_chunk, targets[part], scores, first + part.start, guard)
 
     if expert.learns:
         score(slice(0, len(targets)))
@@ -180,23 +191,28 @@ def _score(expert: Expert, chunk: Chunk, targets: torch.Tensor, scores: StreamSc
         in_halves(score, len(targets), f"expert {expert.name}")
 
 
-def _score_at_once(expert: Expert, chunk: Chunk, targets: torch.Tensor, scores: StreamScores, first: int, guard: Guard) -> None:
-    positions = slice(first, first + len(targets))
-    base_CV = chunk.base_log_probabilities if chunk.slow is None else chunk.slow.log_probabilities
+def _own(expert: Expert, chunk: Chunk, targets: torch.Tensor, first: int, guard: Guard) -> torch.Tensor:
+    """Return an expert's log-probabilities of the targets; look at its whole distributions where that is wanted."""
     for index in guard.positions_to_inspect(first, len(targets)):
         own_CV = expert.log_probabilities(chunk)
-        guard.check_distribution(expert.name, _alone(expert, own_CV[index], base_CV[index]), first + index)
-    base = pick(base_CV, targets)
-    try:
-        own = expert.target_log_probabilities(chunk, targets)
-    except AdaptationError:
-        if not guard.may_fall_back(expert.name):
-            raise
-        own = torch.full_like(base, math.nan)
+        guard.check_distribution(expert.name, _alone(expert, own_CV[index], _base(chunk)[index]), first + index)
+    return expert.target_log_probabilities(chunk, targets)
+
+
+def _write_down(
+    expert: Expert, own: torch.Tensor, chunk: Chunk, targets: torch.Tensor, scores: StreamScores, first: int, guard: Guard
+) -> None:
+    base, positions = pick(_base(chunk), targets), slice(first, first + len(targets))
+    own = own.to(base.device)
     own_C, alone_C, base_C = (part.float().cpu().numpy() for part in (own, _alone(expert, own, base), base))
     own_C, alone_C = guard.checked(expert.name, own_C, alone_C, base_C, chunk, targets, first)
     scores.components[expert.name][positions] = own_C
     scores.losses[expert.name][positions] = -alone_C
+
+
+def _base(chunk: Chunk) -> torch.Tensor:
+    """Return the log-probabilities (C, V) of the layer that an expert of this chunk starts from."""
+    return chunk.base_log_probabilities if chunk.slow is None else chunk.slow.log_probabilities
 
 
 def _alone(expert: Expert, own: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,34 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
 from mbpa_lm.errors import DatastoreError, reason
+
+LONGEST_JSON = 64 << 20
+"""Bytes of the longest JSON file that is read: no file of this package is nearly as long."""
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a file to be read; raises OSError where it cannot, ValueError for a pipe or a device, which may never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that somebody else may have written; raises OSError, ValueError or RecursionError where it is none."""
+    with open_file(path) as file:
+        content = file.read(LONGEST_JSON + 1)
+    if len(content) > LONGEST_JSON:
+        raise ValueError(f"{path} is longer than {LONGEST_JSON >> 20} MiB")
+    return json.loads(content)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -50,7 +73,7 @@ def sync(path: Path) -> None:
 
 def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -21,7 +21,7 @@ from mbpa_lm.checkpoints.checkpoint import (
     Checkpoint,
     distinct_weights,
     find_checkpoint,
-    has_checkpoint,
+    last_checkpoint,
     save_checkpoint,
 )
 from mbpa_lm.config import Config
@@ -29,7 +29,7 @@ from mbpa_lm.data.corpora import Corpus, open_corpus
 from mbpa_lm.data.pieces import Piece
 from mbpa_lm.data.streams import SequenceBatches, TokenStream, count_tokens, open_stream
 from mbpa_lm.data.tokenizers import Tokenizer, make_tokenizer
-from mbpa_lm.errors import DAMAGES, CheckpointError, ConfigError, Terminated, reason
+from mbpa_lm.errors import DAMAGES, CheckpointError, ConfigError, RunFolderError, Terminated, reason
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model, blocks_of, build_model, check_model
 from mbpa_lm.reporting.metrics import perplexity
@@ -66,7 +66,8 @@ def train(config: Config, resume: bool = False) -> TrainingResult:
     """
     config = in_sweep(config)
     run_folder = Path(config.run.folder)
-    if has_checkpoint(run_folder) and not resume:
+    found = last_checkpoint(run_folder)
+    if found and not resume:
         raise ConfigError(f"run.folder {run_folder} already holds a run; add --resume to go on with it, or name another folder")
     check_model(config.model)
     processes = Processes(config.run.device)
@@ -83,6 +84,8 @@ def train(config: Config, resume: bool = False) -> TrainingResult:
         RunLog(run_folder, config.tracking, "train", asdict(config), silent=not processes.is_first) as log,
         termination_requests() as asked_to_stop,
     ):
+        if last_checkpoint(run_folder) != found:  # before this process held the folder
+            raise RunFolderError(f"run.folder {run_folder} has been written by another process meanwhile; begin again")
         return run.to_the_end(log, asked_to_stop)
 
 

@@ -43,6 +43,7 @@ NAMES = (
     "scales",
     "huggingface",
     "settings",
+    "entries",
     "runs",
 )
 

@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from mbpa_lm.adaptation import restricted
+from mbpa_lm.adaptation.problem import BaseSoftmax, Problem
+from mbpa_lm.adaptation.rule import AdaptationRule
 from mbpa_lm.integrations.memory import SETTINGS, Memory
 from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.datastore import manifest as manifests
@@ -62,6 +65,35 @@ def index(folder: Path) -> Read:
         values["index"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         (memory / manifests.FILE).write_text(json.dumps({**values, "checksum": manifests._checksum(values)}))
         tolerant(lambda: _open_and_search(memory))
+
+    return read
+
+
+def entries(folder: Path) -> Read:
+    """The entries themselves, searched and adapted to."""
+    memory, V = _a_datastore(folder), 600
+    values = json.loads((memory / manifests.FILE).read_text())
+    del values["checksum"]
+    columns = {name: (memory / name).read_bytes() for name, digests in values["checksums"].items() if digests}
+    queries, weight_Vd = torch.zeros(1, 4), torch.ones(V, 4)
+
+    def search_and_adapt() -> None:
+        found = Datastore.open(memory, vocabulary_size=V).search(queries, 300)
+        kept = found.entries
+        base = BaseSoftmax(torch.full((1, V), -6.4), kept.log_partitions, kept.likely_words, kept.likely_probabilities.float())
+        solved = (weight_Vd, None, kept.keys.float(), kept.values, torch.full((1, 300), 1 / 300), queries, base)
+        restricted.solve(Problem(*solved), AdaptationRule(2, 0.1))
+
+    def read(data: bytes) -> None:
+        name = sorted(columns)[data[-1] % len(columns) if data else 0]
+        content = patched(columns[name], data[:-1]).ljust(len(columns[name]), b"\xff")[: len(columns[name])]
+        (memory / name).write_bytes(content)
+        digests = values["checksums"] | {name: [hashlib.sha256(content).hexdigest()]}
+        signed = values | {"checksums": digests}
+        (memory / manifests.FILE).write_text(json.dumps({**signed, "checksum": manifests._checksum(signed)}))
+        (memory / "unchanged.json").unlink(missing_ok=True)
+        tolerant(search_and_adapt)
+        (memory / name).write_bytes(columns[name])
 
     return read
 

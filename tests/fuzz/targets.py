@@ -28,7 +28,7 @@ from mbpa_lm.data.tokenizers import SentencePieceTokenizer, WordTokenizer, load_
 from mbpa_lm.results.page import results_page
 from mbpa_lm.results.runs import load_runs
 from mbpa_lm.training import train
-from tests.fuzz.memories import datastore, index, settings
+from tests.fuzz.memories import datastore, entries, index, settings
 from tests.fuzz.mutations import Read, patched, tolerant, variants
 from tests.integrations.words import save_tokenizer
 
@@ -256,7 +256,7 @@ def text(folder: Path) -> Read:
 TARGETS: dict[str, Callable[[Path], Read]] = {
     "pointers": pointers, "checkpoint": checkpoint, "weights": weights, "words": words, "sentencepiece": sentencepiece,
     "tokens": tokens, "datastore": datastore, "index": index, "tuned": tuned, "config": config, "text": text,
-    "state": state, "scales": scales, "huggingface": huggingface, "settings": settings, "runs": runs,
+    "state": state, "scales": scales, "huggingface": huggingface, "settings": settings, "entries": entries, "runs": runs,
 }  # fmt: skip
 
 

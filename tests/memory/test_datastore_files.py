@@ -1,6 +1,7 @@
 """The files of a datastore: what survives, and what is refused."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,7 +18,8 @@ import pytest
 from mbpa_lm.errors import DatastoreError
 from mbpa_lm.memory.datastore import entry_files, manifest
 from mbpa_lm.memory.datastore.index import read_index
-from mbpa_lm.memory.datastore.manifest import Identity
+from mbpa_lm.memory.datastore.manifest import Identity, Layout
+from mbpa_lm.memory.datastore.plausible import check_plausible
 from mbpa_lm.memory.datastore.store import LOCK, Datastore
 from mbpa_lm.system.durable import take_lock
 from tests.memory.stores import IDENTITY, LIKELY, D, all_entries, assert_finds_the_nearest, entries_from, make, queries
@@ -53,6 +55,52 @@ def test_damage_is_found_when_it_is_opened_and_by_verification(tmp_path: Path, n
     corrupt(tmp_path / "m" / name, how)
     with pytest.raises(DatastoreError, match=rf"{name}.*(cut short|altered|cannot be read|not what was written)"):
         Datastore.open(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("column", "number", "told"),
+    [
+        ("values", 1009, "a next token from .* to 1009"),
+        ("values", 2**31 - 1, "a next token"),
+        ("values", -(2**31), "a next token"),
+        ("likely_words", 2**31 - 1, "a likely word"),
+        ("likely_words", -1, "a likely word"),
+        ("likely_probabilities", math.nan, "a probability"),
+        ("likely_probabilities", 2.0, "a probability"),
+        ("log_partitions", math.inf, "a log-partition"),
+        ("keys", math.nan, "a distance"),
+        ("keys", math.inf, "a distance"),
+    ],
+)
+def test_what_no_model_writes_is_refused_before_it_is_used(tmp_path: Path, column: str, number: float, told: str) -> None:
+    """Compiled loops would read and write elsewhere in memory."""
+    make(tmp_path / "m", 300).close()
+    found = Datastore.open(tmp_path / "m", vocabulary_size=1009).search(queries(), 20)
+    if column == "keys":
+        found.squared_distances[3, 5] = number  # which is computed from the key
+    else:
+        getattr(found.entries, column)[3, 5] = number
+    with pytest.raises(DatastoreError, match=rf"m holds {told}.*, which no model of 1,009 words writes; build it again"):
+        check_plausible(found, 1009, tmp_path / "m")
+
+
+def test_a_store_looks_at_what_it_finds_for_a_model(tmp_path: Path) -> None:
+    make(tmp_path / "m", 300).close()
+    Datastore.open(tmp_path / "m").search(queries(), 300)
+    with pytest.raises(DatastoreError, match=r"holds a next token from .*, which no model of 9 words writes"):
+        Datastore.open(tmp_path / "m", vocabulary_size=9).search(queries(), 300)
+
+
+def test_a_creation_that_was_killed_can_be_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Datastore.create(tmp_path / "m", IDENTITY, Layout(D, LIKELY))
+    monkeypatch.undo()
+    (tmp_path / "m" / f".{manifest.FILE}.saving").write_text("{")  # as SIGKILL leaves it
+    Datastore.create(tmp_path / "m", IDENTITY, Layout(D, LIKELY)).close()
 
 
 def test_verification_reads_what_opening_trusts(tmp_path: Path) -> None:

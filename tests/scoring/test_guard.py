@@ -15,7 +15,7 @@ from torch import Tensor
 from mbpa_lm import commands
 from mbpa_lm.adaptation.slow_weights import GradientScale, SlowRule, SlowWeights
 from mbpa_lm.config import AdaptationConfig
-from mbpa_lm.errors import NumericalError
+from mbpa_lm.errors import AdaptationError, NumericalError
 from mbpa_lm.experts.base import Chunk
 from mbpa_lm.experts.base_model import BaseModelExpert
 from mbpa_lm.experts.cache import CacheExpert
@@ -94,6 +94,28 @@ def test_where_it_is_asked_for_the_base_model_takes_its_place(value: float) -> N
     scores = score_stream(model, STREAM, [BaseModelExpert(), Wrong(value, 31)], window(model), 25, guard=guard)
     np.testing.assert_array_equal(scores.losses["wrong"], scores.losses["base"])
     assert guard.fallen_back == {"wrong": 1}
+
+
+class Diverging(BaseModelExpert):
+    """Fails wherever one position is among those that it is given."""
+
+    name = "diverging"
+
+    def target_log_probabilities(self, chunk: Chunk, targets: Tensor) -> Tensor:
+        if bool((chunk.inputs == int(STREAM[31])).any()):
+            raise AdaptationError("it diverged")
+        return super().target_log_probabilities(chunk, targets) - 1
+
+
+@pytest.mark.parametrize("chunk_length", [1, 25, 100])
+def test_no_position_falls_back_for_what_happens_at_another(chunk_length: int) -> None:
+    """Least of all at a later one, which is its future."""
+    model, guard = small_model(), Guard(falls_back=True)
+    scores = score_stream(model, STREAM, [BaseModelExpert(), Diverging()], window(model), chunk_length, guard=guard)
+    fell_back = STREAM[:-1] == STREAM[31]
+    expected = scores.losses["base"] + np.where(fell_back, 0, 1).astype(np.float32)
+    np.testing.assert_allclose(scores.losses["diverging"], expected, rtol=1e-6)
+    assert guard.fallen_back == {"diverging": int(fell_back.sum())}
 
 
 def test_the_base_model_itself_always_stops() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mbpa_lm.errors import DatastoreError, reason
-from mbpa_lm.system.durable import replace_json
+from mbpa_lm.system.durable import read_json, replace_json
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -90,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if path.is_symlink():
             raise ValueError("it is a link")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DatastoreError(f"{folder} holds no memory; make one with mbpa-memory build --output {folder}") from None
     except (OSError, ValueError, RecursionError) as error:

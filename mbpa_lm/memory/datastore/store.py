@@ -39,6 +39,7 @@ from mbpa_lm.memory.datastore.manifest import (
 )
 from mbpa_lm.memory.datastore.measuring import nearest_entries, read_entries
 from mbpa_lm.memory.datastore.open_index import OpenIndex, check_fits
+from mbpa_lm.memory.datastore.plausible import check_plausible
 from mbpa_lm.memory.datastore.unchanged import FILE as UNCHANGED_FILE
 from mbpa_lm.memory.datastore.unchanged import are_unchanged, note_unchanged
 from mbpa_lm.system.durable import file_hash, hold, sync
@@ -53,12 +54,19 @@ class Datastore:
     """Entries on disk, searched through an index and, where that does not reach, exactly."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, memory_limit: int, gpus: indexes.Gpus, lock: int | None, unchecked: bool
+        self,
+        folder: Path,
+        manifest: Manifest,
+        memory_limit: int,
+        gpus: indexes.Gpus,
+        lock: int | None,
+        unchecked: bool,
+        vocabulary_size: int = 0,
     ) -> None:
         """Use `open` or `create`."""
         self.folder = folder
         self.manifest = manifest
-        self._memory_limit, self._gpus, self._lock = memory_limit, gpus, lock
+        self._memory_limit, self._gpus, self._lock, self._vocabulary_size = memory_limit, gpus, lock, vocabulary_size
         this = weakref.ref(self)  # a circle would keep the files open until the next collection
 
         def keys_of_index(rows: np.ndarray) -> np.ndarray:
@@ -83,6 +91,7 @@ class Datastore:
             files = EntryFiles(folder, layout, 0)
             if not (folder / FILE).exists():
                 files.remove()  # what a creation that was interrupted has left
+                (folder / f".{FILE}.saving").unlink(missing_ok=True)
             if {path.name for path in folder.iterdir()} - {LOCK, UNCHANGED_FILE}:
                 raise DatastoreError(f"{folder} is not empty; name another folder, or add to the memory with mbpa-memory add")
             manifest = Manifest(identity, layout)
@@ -101,20 +110,21 @@ class Datastore:
         writable: bool = False,
         gpus: indexes.Gpus = "none",
         unchecked: bool = False,
+        vocabulary_size: int = 0,
     ) -> "Datastore":
         """Open an existing one.
 
         Args: identity of the model that will search it, which must be the one that wrote it; memory_limit: resident bytes that
         the process is to stay under, 0 for none; gpus: where the index is searched; unchecked: only to be verified, nothing is
-        read now. Raises DatastoreError where it is missing, damaged, of another model, or, to be written, held by another
-        process.
+        read now; vocabulary_size of the model that will search it, whose words all that is found must be, 0 for not looking.
+        Raises DatastoreError where it is missing, damaged, of another model, or, to be written, held by another process.
         """
         manifest = read_manifest(folder)
         if identity is not None:
             check_identity(folder, manifest.identity, identity)
         while not writable:
             try:
-                return cls(folder, manifest, memory_limit, gpus, None, unchecked)
+                return cls(folder, manifest, memory_limit, gpus, None, unchecked, vocabulary_size)
             except DatastoreError:
                 now = read_manifest(folder)
                 if now == manifest:
@@ -187,6 +197,8 @@ class Datastore:
         """See `EntryStore.search`; how many of the nearest an approximate index finds is in `manifest.index.recall`."""
         found = nearest_entries(self._files, self.candidates(queries_Cd, count), queries_Cd, count)
         self._files.give_back()
+        if self._vocabulary_size:
+            check_plausible(found, self._vocabulary_size, self.folder)
         return found
 
     def candidates(self, queries_Cd: Tensor, count: int) -> Tensor:

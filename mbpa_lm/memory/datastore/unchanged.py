@@ -1,12 +1,11 @@
 """A note of the size and time that files had when they were last found whole, so that opening need not read them again."""
 
 import contextlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from mbpa_lm.errors import DAMAGES
-from mbpa_lm.system.durable import replace_json
+from mbpa_lm.system.durable import read_json, replace_json
 
 FILE = "unchanged.json"
 
@@ -14,7 +13,7 @@ FILE = "unchanged.json"
 def are_unchanged(folder: Path, names: Iterable[str]) -> bool:
     """Say whether the files are of the size and time that were noted."""
     try:
-        return bool(json.loads((folder / FILE).read_text()) == _stamps(folder, names))
+        return bool(read_json(folder / FILE) == _stamps(folder, names))
     except DAMAGES:
         return False
 
