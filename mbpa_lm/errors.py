@@ -58,6 +58,12 @@ class RunFolderError(MbpaError):
     exit_code = 6
 
 
+class OutputError(MbpaError):
+    """Standard output that cannot be written: a full disk behind it, or a pipe that nobody reads."""
+
+    exit_code = 12
+
+
 class Terminated(MbpaError):
     """A run that was asked to stop by SIGTERM, and has saved."""
 

@@ -3,6 +3,7 @@
 docs/reliability.md lists them.
 """
 
+import io
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -240,6 +242,20 @@ def test_a_folder_that_cannot_be_written_is_refused(
     monkeypatch.setattr(Path, "mkdir", mkdir)
     assert commands.train(options(tmp_path / "run")) == 6
     assert "cannot be written: Read-only file system; name another folder" in last_error(capsys)
+
+
+@pytest.mark.parametrize("error", [OSError(28, os.strerror(28)), BrokenPipeError(32, os.strerror(32))], ids=type)
+def test_output_that_cannot_be_written_is_no_fault_of_the_package(
+    options: Options, tmp_path: Path, error: OSError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(text: str) -> int:
+        raise error
+
+    broken = io.StringIO()
+    monkeypatch.setattr(broken, "write", fail)
+    monkeypatch.setattr(sys, "stdout", broken)
+    assert commands.train(options(tmp_path / "run")) == 12
+    assert f"output could not be written ({error.strerror}); send it elsewhere" in last_error(capsys)
 
 
 @pytest.mark.parametrize("fate", ["deleted", "truncated"])

@@ -1,14 +1,54 @@
 """Progress on the terminal: a live bar where someone watches, a line now and then where output goes to a file."""
 
+import io
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import IO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True)
+from mbpa_lm.errors import OutputError, reason
+
+
+class _Output(io.TextIOBase):
+    """Where output goes at the moment; one that is full, or that nobody reads any more, is an error of its own."""
+
+    def write(self, text: str) -> int:
+        with self._said():
+            return sys.stdout.write(text)
+        return 0
+
+    def flush(self) -> None:
+        with self._said():
+            sys.stdout.flush()
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is still to be flushed at the end goes nowhere
+            raise OutputError(
+                f"output could not be written ({reason(error)}); send it elsewhere, what was saved before is whole"
+            ) from None
+
+    def isatty(self) -> bool:
+        return sys.stdout.isatty()
+
+    def fileno(self) -> int:
+        return sys.stdout.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return sys.stdout.encoding
+
+
+console = Console(file=cast(IO[str], _Output()), highlight=False, soft_wrap=True)
 
 SECONDS_BETWEEN_LINES = 20.0
 
