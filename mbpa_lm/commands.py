@@ -63,7 +63,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--verify", type=PositiveInt, nargs="?", const=3, help=verify)
     parser.add_argument("--experts", type=str, help="The same as evaluation.experts, as names between commas.")
     config, options = parse(parser, arguments)
-    if options["experts"]:
+    if options["experts"] is not None:
         evaluation = replace(config.evaluation, experts=[name.strip() for name in options["experts"].split(",")])
         config = replace(config, evaluation=evaluation)
     check_one_model(config, options)

@@ -58,6 +58,7 @@ MISTAKES = [
     (["--training.optimizer", "adam"], "training.optimizer"),
     (["--training.learning_rate", "-1"], "training.learning_rate is -1.0; it must be greater than 0"),
     (["--memory.neighbours", "0"], "memory.neighbours is 0; it must be greater than 0"),
+    (["--adaptation.steps", "1000000000"], "adaptation.steps is 1000000000; it must be at most 10,000"),
     (["--adaptation.optimizer", "rmsprop"], "adaptation.solver is 'restricted'; it must be reference with rmsprop"),
     (["--adaptation.alpha", "2", "--adaptation.beta", "3"], "adaptation.beta is 3.0; it must be at most 1 / adaptation"),
     (["--adaptation.epsilon", "1e-50"], "adaptation.epsilon is 1e-50; it must be at least 1e-12"),

@@ -64,6 +64,17 @@ def test_a_second_writer_of_a_run_folder_is_refused(
     assert getattr(commands, job)(arguments) == 0  # and when the first is done, it is free
 
 
+def test_a_run_that_is_being_trained_is_not_read_to_be_resumed(
+    options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    with (run / "log.jsonl").open("a") as first:
+        lock_open_file(first)
+        for resume in ([], ["--resume"]):
+            assert commands.train(options(run, *resume)) == 6
+            assert "is being written by another process" in last_error(capsys)
+
+
 def test_what_another_process_has_trained_meanwhile_is_not_trained_over(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

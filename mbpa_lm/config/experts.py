@@ -5,6 +5,9 @@ from typing import Literal
 
 from mbpa_lm.config.checks import require, require_not_negative, require_positive, require_probability
 
+MOST_STEPS = 10_000
+"""Gradient steps for a prediction; beyond them is a slip of the finger, which would take all the memory there is."""
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
@@ -111,6 +114,7 @@ class AdaptationConfig:
     def __post_init__(self) -> None:
         require("adaptation.weight", self.weight, 0 < self.weight <= 1, "greater than 0 and at most 1")
         require_not_negative("adaptation", self, "steps", "alpha", "beta", "moved_words")
+        require("adaptation.steps", self.steps, self.steps <= MOST_STEPS, f"at most {MOST_STEPS:,}")
         require_positive("adaptation", self, "tolerance", "candidates", "reach")
         require_probability("adaptation", self, "momentum")
         if self.schedule is not None:

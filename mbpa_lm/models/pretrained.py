@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mbpa_lm.config import ModelConfig
 from mbpa_lm.data.tokenizers import HuggingFaceTokenizer
@@ -32,7 +33,7 @@ def load_pretrained(config: ModelConfig, device: torch.device) -> tuple[Transfor
         model = (model if placed else model.to(device)).eval()
         context = min(config.context_length, positions_of(model) or LONGEST_CONTEXT)
         language_model = TransformerLanguageModel(model, context, min(config.context_overlap, context // 2)).eval()
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, ModelError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, ModelError) as error:
         raise ConfigError(f"model.pretrained {name!r} could not be loaded: {reason(error)}") from None
     tokenizer = HuggingFaceTokenizer.load(name)
     if tokenizer.vocabulary_size > language_model.vocabulary_size:

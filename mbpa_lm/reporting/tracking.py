@@ -22,6 +22,19 @@ LONGEST_ANSWER, LONGEST_GOODBYE = 60.0, 120.0
 """Seconds that Weights & Biases may take to begin a run or to take a record, and to send the rest of it in the end."""
 
 
+def check_free(folder: Path) -> None:
+    """Raise RunFolderError where another process is writing a run folder, before anything in it is read."""
+    path = folder / LOG_FILE
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                lock_open_file(file)
+        except BlockingIOError:
+            raise RunFolderError(f"run.folder {folder} is being written by another process; name another folder") from None
+        except OSError:
+            pass  # which is said when it is to be written
+
+
 class RunLog:
     """Writes each record to `RUN/log.jsonl` and to Weights & Biases.
 

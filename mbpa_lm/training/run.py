@@ -33,7 +33,7 @@ from mbpa_lm.errors import DAMAGES, CheckpointError, ConfigError, RunFolderError
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model, blocks_of, build_model, check_model
 from mbpa_lm.reporting.metrics import perplexity
-from mbpa_lm.reporting.tracking import RunLog
+from mbpa_lm.reporting.tracking import RunLog, check_free
 from mbpa_lm.system.processes import Processes
 from mbpa_lm.system.progress import ProgressBar, console, token_progress
 from mbpa_lm.training.hebbian import HebbianRule
@@ -66,11 +66,13 @@ def train(config: Config, resume: bool = False) -> TrainingResult:
     """
     config = in_sweep(config)
     run_folder = Path(config.run.folder)
+    processes = Processes(config.run.device)
+    if processes.is_first:
+        check_free(run_folder)
     found = last_checkpoint(run_folder)
     if found and not resume:
         raise ConfigError(f"run.folder {run_folder} already holds a run; add --resume to go on with it, or name another folder")
     check_model(config.model)
-    processes = Processes(config.run.device)
     check_training(config, processes)
     corpus = open_corpus(config.data)
     checkpoint = checkpoint_to_resume(run_folder, config, corpus) if resume else None
