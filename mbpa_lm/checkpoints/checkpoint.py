@@ -36,7 +36,9 @@ from mbpa_lm.system.durable import file_hash, read_json, replace_json, sync, wri
 FORMAT = 1
 NAME, SAVING = re.compile(r"step-\d+"), ".saving-"
 POINTER = "checkpoint.json"
+ADVICE = "put its files back from a copy, or train again in another run.folder"
 COUNTS = "training_token_counts"
+WEIGHTS, STATE = "model.safetensors", ("training.safetensors", "training.json")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def save_checkpoint(
         temporary = Path(tempfile.mkdtemp(prefix=SAVING, dir=target.parent))
         temporary.chmod(0o755)  # a checkpoint is for others to read too
         try:
-            save_file({**weights, COUNTS: token_counts}, temporary / "model.safetensors")
+            save_file({**weights, COUNTS: token_counts}, temporary / WEIGHTS)
             save_file(position.tensors, temporary / "training.safetensors")
             write_json(temporary / "training.json", position.values)
             (temporary / "tokenizer").mkdir()
@@ -101,7 +103,7 @@ def save_checkpoint(
                     "settings": dataclasses.asdict(config.tokenizer),
                 },
                 "corpus": corpus,
-                "files": {name: file_hash(temporary / name) for name in ("model.safetensors", "training.safetensors")},
+                "files": {name: file_hash(temporary / name) for name in (WEIGHTS, *STATE)},
             }
             write_json(temporary / "manifest.json", manifest)
             for file in temporary.rglob("*"):
@@ -128,10 +130,8 @@ def load_checkpoint(path: Path, which: str = "best", with_position: bool = False
     manifest = _read_manifest(folder)
     try:
         for name, expected in manifest["files"].items():
-            if name == "training.safetensors" and not with_position:
-                continue
-            if file_hash(folder / name) != expected:
-                raise CheckpointError(f"{folder / name} is damaged: its content is not what was saved; use another checkpoint")
+            if (with_position or name not in STATE) and file_hash(folder / name) != expected:
+                raise CheckpointError(f"{folder / name} is damaged: its content is not what was saved; {ADVICE}")
         tokenizer = load_tokenizer(manifest["tokenizer"]["kind"], folder / "tokenizer")
         found, wanted = tokenizer.fingerprint(), manifest["tokenizer"]["fingerprint"]
         if found != wanted:
@@ -139,7 +139,7 @@ def load_checkpoint(path: Path, which: str = "best", with_position: bool = False
                 f"the tokenizer in {folder} is {found[:12]}, but the model was trained with {wanted[:12]}; "
                 f"put the tokenizer's own files back"
             )
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / WEIGHTS)
         counts = tensors.pop(COUNTS)
         model_config = ModelConfig(**manifest["model"])
         check_sizes(model_config, manifest["vocabulary_size"], tensors.values())
@@ -152,19 +152,18 @@ def load_checkpoint(path: Path, which: str = "best", with_position: bool = False
             if not isinstance(values, dict) or "seed" not in values or not all(isinstance(values.get(x), dict) for x in parts):
                 raise CheckpointError(f"{folder} cannot be resumed: its training state is damaged (training.json lacks a part)")
             position = TrainingPosition(load_file(folder / "training.safetensors"), values)
-        return Checkpoint(
-            folder, model, tokenizer, counts, manifest["corpus"], manifest["files"]["model.safetensors"], position
-        )
+        return Checkpoint(folder, model, tokenizer, counts, manifest["corpus"], manifest["files"][WEIGHTS], position)
     except (*DAMAGES, RuntimeError, SafetensorError, ConfigError) as error:
-        raise CheckpointError(
-            f"checkpoint {folder} is damaged or incomplete: {reason(error)}; use another checkpoint"
-        ) from None
+        raise CheckpointError(f"checkpoint {folder} is damaged or incomplete: {reason(error)}; {ADVICE}") from None
 
 
 def find_checkpoint(path: Path, which: str = "best") -> Path:
     """Return the checkpoint folder that `path` means; a run folder means its best or last one."""
-    if (path / "manifest.json").is_file():
-        return path
+    try:
+        if (path / "manifest.json").is_file():
+            return path
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     name = _read_pointers(path).get(which)
     if name is None:
         raise CheckpointError(f"{path} holds no checkpoint; give a run folder that train.py wrote, or one of its checkpoints")
@@ -208,6 +207,8 @@ def check_same_settings(folder: Path, config: Config) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_json(folder / "manifest.json")
+        if "layout" in manifest:
+            raise CheckpointError(f"{folder} is a memory, not a checkpoint; name it in memory.datastores")
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"checkpoint {folder} has format {manifest['format']}; this version reads {FORMAT}")
         for key in ("model", "tokenizer", "vocabulary_size", "corpus", "files"):
@@ -215,7 +216,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest["tokenizer"]["settings"]
         return dict(manifest)
     except DAMAGES as error:
-        raise CheckpointError(f"checkpoint {folder} has no readable manifest.json ({error})") from None
+        raise CheckpointError(f"checkpoint {folder} has no readable manifest.json ({reason(error)}); {ADVICE}") from None
 
 
 def _read_pointers(run_folder: Path) -> dict[str, str]:
@@ -224,10 +225,21 @@ def _read_pointers(run_folder: Path) -> dict[str, str]:
         if not all(isinstance(name, str) and NAME.fullmatch(name) for name in pointers.values()):
             raise ValueError("it does not name checkpoints")
         return pointers
-    except FileNotFoundError:
-        return {}
+    except (FileNotFoundError, NotADirectoryError):
+        return _pointers_without_file(run_folder)
     except DAMAGES as error:
-        raise CheckpointError(f"{run_folder / POINTER} cannot be read: {error}") from None
+        advice = "delete it: without it, the last checkpoint is the last that is there"
+        raise CheckpointError(f"{run_folder / POINTER} cannot be read: {reason(error)}; {advice}") from None
+
+
+def _pointers_without_file(run_folder: Path) -> dict[str, str]:
+    """Return what the checkpoints themselves say: only the best and the last stay, and the best is not after the last."""
+    try:
+        found = [folder for folder in (run_folder / "checkpoints").iterdir() if NAME.fullmatch(folder.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    whole = sorted((folder.name for folder in found if (folder / "manifest.json").is_file()), key=lambda name: int(name[5:]))
+    return {"best": whole[0], "last": whole[-1]} if whole else {}
 
 
 def distinct_weights(model: Model) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 Of the output layer alone, for persistent adaptation, and of the whole model, for dynamic evaluation.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -135,10 +136,11 @@ def _read(path: Path, settings: str, device: torch.device) -> dict[str, Tensor]:
         return {}
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            if (file.metadata() or {}).get("settings") != settings:
+            found = file.metadata() or {}
+            if found.get("settings") != settings:
                 return {}
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        return kept if all(map(_is_scale, kept.values())) else {}
+        return kept if all(map(_is_scale, kept.values())) and found.get("sha256") == _hash(kept) else {}
     except (OSError, SafetensorError):
         return {}
 
@@ -147,11 +149,20 @@ def _is_scale(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and bool(((tensor >= 0) & torch.isfinite(tensor)).all())
 
 
+def _hash(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def _write(path: Path, settings: str, tensors: dict[str, Tensor]) -> None:
     """Keep the scale beside the checkpoint; where that cannot be written, it is measured again next time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"settings": settings})
+        found = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(found, temporary, {"settings": settings, "sha256": _hash(found)})
         os.replace(temporary, path)
     except (OSError, SafetensorError):
         temporary.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ import torch
 from mbpa_lm.config import Config
 from mbpa_lm.errors import DAMAGES
 from mbpa_lm.models.base import LanguageModel
-from mbpa_lm.system.durable import read_json, replace_json
+from mbpa_lm.system.durable import read_json, replace_json, sealed, unsealed
 
 FILE = "hidden_states.json"
 TOKENS = 2048
@@ -60,14 +60,14 @@ def mean_squared_norm(folder: Path, model: LanguageModel, training_tokens: Calla
     """Return the mean squared norm of hidden states on the first training tokens, measured once a checkpoint."""
     path = folder / FILE
     try:
-        kept = read_json(path)
+        kept = unsealed(read_json(path))
         if kept["tokens"] == TOKENS and 0 < kept["mean_squared_norm"] < math.inf:
             return float(kept["mean_squared_norm"])
     except DAMAGES:
         pass
     norm = measure_norm(model, training_tokens()[:TOKENS])
     with contextlib.suppress(OSError):  # it is measured again next time
-        replace_json(path, {"tokens": TOKENS, "mean_squared_norm": norm})
+        replace_json(path, sealed({"tokens": TOKENS, "mean_squared_norm": norm}))
     return norm
 
 

@@ -2,8 +2,8 @@
 
 A token file is a folder: `tokens.bin` (little-endian unsigned integers as wide as the vocabulary needs),
 `characters.bin` and `words.bin` (uint16: characters and words that each token covers), and `manifest.json` with
-counts, the first token of every document, and what it was made from. The folder's name carries a hash of source,
-tokenizer and format, so a changed source or setting never meets an old file.
+counts, the first token of every document, and hashes of the arrays and of itself. The folder's name carries a hash of
+source, tokenizer and format, so a changed source or setting never meets an old file.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ import numpy as np
 
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.tokenizers import Tokenizer, words_up_to
-from mbpa_lm.errors import DAMAGES, DataError
-from mbpa_lm.system.durable import read_json
+from mbpa_lm.errors import DAMAGES, DataError, reason
+from mbpa_lm.system.durable import file_hash, read_json, sealed, unsealed
 
-FORMAT = 1
+FORMAT = 2
 ARRAYS = ("tokens", "characters", "words")
 WIDEST = np.iinfo(np.uint16).max
 
@@ -86,7 +86,7 @@ def _build(corpus: Corpus, split: str, tokenizer: Tokenizer, path: Path, on_prog
         raise DataError(f"data.token_folder {path.parent} cannot be written: {error.strerror}") from None
     try:
         manifest = _encode(corpus, split, tokenizer, temporary, on_progress)
-        (temporary / "manifest.json").write_text(json.dumps(manifest))
+        (temporary / "manifest.json").write_text(json.dumps(sealed(manifest)))
         try:
             os.replace(temporary, path)
         except OSError:
@@ -123,12 +123,13 @@ def _encode(
             file.close()
     if count < 2:
         raise DataError(f"{corpus.name} {split} has {count} tokens; a stream needs at least 2")
-    return {"format": FORMAT, "tokens": count, "dtype": np.dtype(dtype).name, "document_starts": starts}
+    hashes = {name: file_hash(folder / f"{name}.bin") for name in ARRAYS}
+    return {"format": FORMAT, "tokens": count, "dtype": np.dtype(dtype).name, "document_starts": starts, "arrays": hashes}
 
 
 def _read(path: Path, name: str, vocabulary_size: int) -> TokenStream:
     try:
-        manifest = read_json(path / "manifest.json")
+        manifest = unsealed(read_json(path / "manifest.json"))
         if manifest["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"its tokens are said to be {manifest['dtype']!r}")
         dtypes = {"tokens": np.dtype(manifest["dtype"]), "characters": np.dtype("u2"), "words": np.dtype("u2")}
@@ -140,8 +141,11 @@ def _read(path: Path, name: str, vocabulary_size: int) -> TokenStream:
             raise ValueError("its documents do not begin one after another")
         if {len(array) for array in arrays.values()} != {manifest["tokens"]}:
             raise ValueError("its arrays have other lengths than its manifest says")
+        for array in ARRAYS:
+            if file_hash(path / f"{array}.bin") != manifest["arrays"][array]:
+                raise ValueError(f"{array}.bin is not what was written")
     except DAMAGES as error:
-        raise DataError(f"token file {path} is damaged ({error}); delete it and it will be built again") from None
+        raise DataError(f"token file {path} is damaged ({reason(error)}); delete it and it will be built again") from None
     largest = int(arrays["tokens"].max())
     if largest >= vocabulary_size:
         raise DataError(

@@ -14,16 +14,21 @@ from typing import IO, Any
 
 from mbpa_lm.errors import DatastoreError, reason
 
+CHECKSUM = "checksum"
 LONGEST_JSON = 64 << 20
 """Bytes of the longest JSON file that is read: no file of this package is nearly as long."""
 
 
+class NoRegularFile(ValueError):
+    """A folder, a pipe or a device where a file was wanted."""
+
+
 def open_file(path: Path) -> BufferedReader:
-    """Open a file to be read; raises OSError where it cannot, ValueError for a pipe or a device, which may never end."""
+    """Open a file to be read; raises OSError where it cannot, NoRegularFile for a pipe or a device, which may never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"{path} is no regular file")
+        raise NoRegularFile("it is no regular file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -39,6 +44,22 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file in place."""
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values of JSON with a hash over them, by which an altered digit is found."""
+    return {**values, CHECKSUM: _hash(values)}
+
+
+def unsealed(values: Any) -> dict[str, Any]:
+    """Return what `sealed` was given; raises ValueError where it is another."""
+    if not isinstance(values, dict) or values.get(CHECKSUM) != _hash({key: values[key] for key in values if key != CHECKSUM}):
+        raise ValueError("its content is not what was written")
+    return {key: values[key] for key in values if key != CHECKSUM}
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def replace_json(path: Path, values: Any) -> None:

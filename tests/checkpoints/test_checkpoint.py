@@ -17,6 +17,7 @@ from mbpa_lm import commands
 from mbpa_lm.checkpoints import checkpoint
 from mbpa_lm.checkpoints.checkpoint import find_checkpoint, load_checkpoint
 from mbpa_lm.errors import CheckpointError
+from mbpa_lm.options import make_parser, parse
 from mbpa_lm.system.durable import file_hash
 
 Options = Callable[..., list[str]]
@@ -31,6 +32,12 @@ def run(trained_run: Path, tmp_path: Path) -> Path:
 def rewrite_manifest(folder: Path, **changes: object) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def rewrite_training(folder: Path, values: object) -> None:
+    (folder / "training.json").write_text(json.dumps(values))
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    rewrite_manifest(folder, files={**files, "training.json": file_hash(folder / "training.json")})
 
 
 def test_a_checkpoint_is_safetensors_and_json_only(run: Path) -> None:
@@ -106,11 +113,38 @@ def test_a_damaged_training_state_is_refused_and_the_model_still_loads(
 ) -> None:
     last = find_checkpoint(run, "last")
     values = json.loads((last / "training.json").read_text())
-    del values["optimizer"]
+    values["position"]["step"] -= 1
     (last / "training.json").write_text(json.dumps(values))
+    assert commands.train(options(run, "--resume", "--training.epochs", "2")) == 4
+    assert "training.json is damaged: its content is not what was saved; put its files back" in capsys.readouterr().err
+    load_checkpoint(run)
+    del values["optimizer"]
+    rewrite_training(last, values)
     assert commands.train(options(run, "--resume", "--training.epochs", "2")) == 4
     assert "cannot be resumed: its training state is damaged" in capsys.readouterr().err
     load_checkpoint(run)
+
+
+def test_checkpoints_without_their_pointer_are_found_and_not_trained_over(
+    options: Options, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pointers = {which: find_checkpoint(run, which) for which in ("best", "last")}
+    (run / "checkpoint.json").unlink()
+    assert pointers == {which: find_checkpoint(run, which) for which in ("best", "last")}
+    assert commands.train(options(run)) == 2
+    assert "already holds a run; add --resume" in capsys.readouterr().err
+    assert commands.train(options(run, "--resume")) == 0
+    assert "no checkpoint" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_nothing_names_yet_is_gone_on_from(options: Options, run: Path) -> None:
+    """The process was killed between its renaming and its pointer's."""
+    last = find_checkpoint(run, "last")
+    for folder in (run / "checkpoints").iterdir():
+        if folder != last:
+            shutil.rmtree(folder)
+    (run / "checkpoint.json").unlink()
+    assert commands.train(options(run, "--resume")) == 0
 
 
 def test_a_folder_without_a_checkpoint_says_what_to_give(tmp_path: Path) -> None:
@@ -132,8 +166,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(opt
     manifest = find_checkpoint(run, "last") / "training.json"
     values = json.loads(manifest.read_text())
     values["position"]["step"] -= 30  # so that there is something left to train
-    manifest.write_text(json.dumps(values))
-    before[manifest] = manifest.read_bytes()
+    rewrite_training(manifest.parent, values)
+    before |= {path: path.read_bytes() for path in manifest.parent.glob("*.json")}
     process = subprocess.run(
         [sys.executable, "train.py", *arguments],
         cwd=Path(__file__).parents[2],
@@ -163,7 +197,7 @@ def test_whatever_write_fails_the_run_loads_as_before(
 
     loaded = load_checkpoint(run, "last", with_position=True)
     monkeypatch.setattr(checkpoint, call, fails)
-    config = commands.parse(commands.make_parser("train.py", ""), options(run))[0]
+    config = parse(make_parser("train.py", ""), options(run))[0]
     with pytest.raises(CheckpointError, match=r"could not save .*: No space left on device; the previous checkpoint step-"):
         checkpoint.save_checkpoint(
             config,

@@ -49,6 +49,17 @@ def test_a_kept_file_that_is_damaged_or_another_model_s_is_measured_again(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == [LAYER_FILE]
 
 
+def test_a_kept_file_with_an_altered_digit_is_measured_again(tmp_path: Path) -> None:
+    model, text = small_model("lstm"), Text()
+    first = gradient_scale(tmp_path, model, text, PersistentConfig(interval=5))
+    content = bytearray((tmp_path / LAYER_FILE).read_bytes())
+    content[-2] ^= 1
+    (tmp_path / LAYER_FILE).write_bytes(content)
+    again = gradient_scale(tmp_path, model, text, PersistentConfig(interval=5))
+    assert text.opened == 2
+    assert torch.equal(first.weight_Vd, again.weight_Vd)
+
+
 def test_a_text_shorter_than_an_interval_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the training text has 200 tokens, persistent\.interval is 500; make it smaller"):
         gradient_scale(tmp_path, small_model("lstm"), Text(), PersistentConfig(interval=500))

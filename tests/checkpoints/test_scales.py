@@ -21,6 +21,7 @@ from mbpa_lm.memory.base import EntryStore
 from mbpa_lm.memory.history import UNBOUNDED, StreamHistory
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.base import LanguageModel, ModelOutput, OutputLayer, State
+from mbpa_lm.options import make_parser, parse
 from mbpa_lm.scoring.stream import score_stream
 from tests.conftest import ListedStore, small_model
 
@@ -93,7 +94,7 @@ def test_what_is_given_stays_and_nothing_is_measured_for_it() -> None:
     config = Config(evaluation=EvaluationConfig(experts=["base"]))
     assert fill_in(config, 30, refuse, refuse).adaptation.alpha is None
     given = ["--adaptation.alpha", "0.3", "--cache.thetas", "[0.1,0.2,0.3]", "--persistent.rate", "0.01"]
-    parsed = commands.parse(commands.make_parser("evaluate.py", ""), given)[0]
+    parsed = parse(make_parser("evaluate.py", ""), given)[0]
     filled = fill_in(parsed, 30, refuse, refuse)
     assert (filled.adaptation.alpha, filled.cache.thetas, filled.persistent.rate) == (0.3, [0.1, 0.2, 0.3], 0.01)
     assert filled.cache.weights == [0.1, 0.1, 0.1]
@@ -112,6 +113,9 @@ def test_the_norm_is_measured_once_a_checkpoint(tmp_path: Path) -> None:
     for content in ("", "[]", '{"tokens": 1}', json.dumps({"tokens": 2048, "mean_squared_norm": -1})):
         (tmp_path / "hidden_states.json").write_text(content)
         assert mean_squared_norm(tmp_path, model, tokens) == first
+    altered = {**json.loads((tmp_path / "hidden_states.json").read_text()), "mean_squared_norm": 2 * first}
+    (tmp_path / "hidden_states.json").write_text(json.dumps(altered))
+    assert mean_squared_norm(tmp_path, model, tokens) == first
 
 
 def test_what_is_still_open_when_it_is_needed_is_named() -> None:

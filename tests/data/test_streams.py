@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from mbpa_lm.config import DataConfig
 from mbpa_lm.data.corpora import open_corpus
-from mbpa_lm.data.streams import SequenceBatches, TokenStream, count_tokens, open_stream
+from mbpa_lm.data.streams import ARRAYS, SequenceBatches, TokenStream, count_tokens, open_stream
 from mbpa_lm.data.tokenizers import WordTokenizer
 from mbpa_lm.errors import DataError
+from mbpa_lm.system.durable import file_hash, read_json, sealed, unsealed
 
 
 def wikitext_config(corpus: Path) -> DataConfig:
@@ -56,16 +57,27 @@ def test_a_token_outside_the_vocabulary_is_refused(corpus: Path, tokenizer: Word
     tokens = np.fromfile(folder / "tokens.bin", dtype=np.uint16)
     tokens[3] = tokenizer.vocabulary_size
     tokens.tofile(folder / "tokens.bin")
+    manifest = unsealed(read_json(folder / "manifest.json"))
+    manifest["arrays"]["tokens"] = file_hash(folder / "tokens.bin")
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(DataError, match=rf"holds token id {tokens[3]}, outside the vocabulary of {tokens[3]}; delete it"):
         open_valid(corpus, tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no json", "no dtype"])
+@pytest.mark.parametrize("damage", ["truncated", "no json", "no dtype", "tokens", "characters", "words", "document_starts"])
 def test_a_damaged_token_file_is_refused(corpus: Path, tokenizer: WordTokenizer, tmp_path: Path, damage: str) -> None:
     open_valid(corpus, tokenizer, tmp_path)
     (folder,) = tmp_path.iterdir()
     if damage == "truncated":
         (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-2])
+    elif damage in ARRAYS:  # one digit of it
+        content = bytearray((folder / f"{damage}.bin").read_bytes())
+        content[40] ^= 1
+        (folder / f"{damage}.bin").write_bytes(content)
+    elif damage == "document_starts":
+        manifest = read_json(folder / "manifest.json")
+        manifest["document_starts"][-1] += 1
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     else:
         (folder / "manifest.json").write_text("{" if damage == "no json" else json.dumps({"tokens": 3}))
     with pytest.raises(DataError, match=r"is damaged .*; delete it and it will be built again"):

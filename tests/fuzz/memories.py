@@ -15,7 +15,8 @@ from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.datastore import manifest as manifests
 from mbpa_lm.memory.datastore.manifest import Identity, Layout
 from mbpa_lm.memory.datastore.store import Datastore
-from tests.fuzz.mutations import Read, patched, tolerant, variants
+from mbpa_lm.system.durable import sealed
+from tests.fuzz.mutations import Read, patched, signed, tolerant, variants
 
 
 def _a_datastore(folder: Path) -> Path:
@@ -37,16 +38,9 @@ def _open_and_search(folder: Path) -> None:
 def datastore(folder: Path) -> Read:
     memory = _a_datastore(folder)
     valid = json.loads((memory / manifests.FILE).read_text())
-    del valid["checksum"]
 
     def read(data: bytes) -> None:
-        content = variants(data, valid)
-        try:
-            values = json.loads(content)
-            content = json.dumps({**values, "checksum": manifests._checksum(values)}).encode("utf-8", "surrogatepass")
-        except (ValueError, TypeError, RecursionError):
-            pass
-        (memory / manifests.FILE).write_bytes(content)
+        (memory / manifests.FILE).write_bytes(signed(variants(data, valid)))
         tolerant(lambda: _open_and_search(memory))
 
     return read
@@ -63,7 +57,7 @@ def index(folder: Path) -> Read:
         content = patched(valid, data)
         file.write_bytes(content)
         values["index"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        (memory / manifests.FILE).write_text(json.dumps({**values, "checksum": manifests._checksum(values)}))
+        (memory / manifests.FILE).write_text(json.dumps(sealed(values)))
         tolerant(lambda: _open_and_search(memory))
 
     return read
@@ -89,8 +83,7 @@ def entries(folder: Path) -> Read:
         content = patched(columns[name], data[:-1]).ljust(len(columns[name]), b"\xff")[: len(columns[name])]
         (memory / name).write_bytes(content)
         digests = values["checksums"] | {name: [hashlib.sha256(content).hexdigest()]}
-        signed = values | {"checksums": digests}
-        (memory / manifests.FILE).write_text(json.dumps({**signed, "checksum": manifests._checksum(signed)}))
+        (memory / manifests.FILE).write_text(json.dumps(sealed(values | {"checksums": digests})))
         (memory / "unchanged.json").unlink(missing_ok=True)
         tolerant(search_and_adapt)
         (memory / name).write_bytes(columns[name])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mbpa_lm.errors import MbpaError
+from mbpa_lm.system.durable import CHECKSUM, sealed
 
 Read = Callable[[bytes], None]
 """Makes a file from bytes and reads it as the package does."""
@@ -46,6 +47,15 @@ def variants(data: bytes, valid: Any) -> bytes:
     if not data or data[0] % 2:
         return data[1:]
     return json.dumps(edited(valid, data[1:9])).encode("utf-8", "surrogatepass")
+
+
+def signed(content: bytes) -> bytes:
+    """Return the content of a JSON file with the checksum that it would have."""
+    try:
+        values = json.loads(content)
+        return json.dumps(sealed({key: values[key] for key in values if key != CHECKSUM})).encode("utf-8", "surrogatepass")
+    except (ValueError, TypeError, RecursionError):
+        return content
 
 
 def patched(valid: bytes, data: bytes) -> bytes:

@@ -4,15 +4,13 @@ It is replaced whole, and carries its own checksum; what it does not count does 
 """
 
 import dataclasses
-import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mbpa_lm.errors import DatastoreError, reason
-from mbpa_lm.system.durable import read_json, replace_json
+from mbpa_lm.system.durable import read_json, replace_json, sealed, unsealed
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -81,7 +79,7 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest; it is on disk when this returns. Raises OSError where it cannot be."""
     values = {"format": FORMAT, "metric": "squared euclidean", **dataclasses.asdict(manifest)}
-    replace_json(folder / FILE, {**values, "checksum": _checksum(values)})
+    replace_json(folder / FILE, sealed(values))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -98,9 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if values["format"] != FORMAT:
             raise DatastoreError(f"{folder} is a memory of format {values['format']}; this version reads format {FORMAT}")
-        if values.pop("checksum") != _checksum(values):
-            raise ValueError("its content is not what was written")
-        return _parse(values)
+        return _parse(unsealed(values))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DatastoreError(f"{path} is damaged ({reason(error)}); put it back, or build the memory again") from None
 
@@ -118,10 +114,6 @@ def check_identity(
             raise DatastoreError(
                 f"the memory in {place} was written with {what} {one[:12]}, this {what} is {other[:12]}; {advice}"
             )
-
-
-def _checksum(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _parse(values: dict[str, Any]) -> Manifest:
