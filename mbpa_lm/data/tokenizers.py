@@ -38,6 +38,7 @@ class Tokenizer(Protocol):
 
     kind: str
     vocabulary_size: int
+    unknown: int | None  # the token that stands for every word that the vocabulary does not know
 
     def encode(self, text: str) -> Encoded:
         """Encode a piece of a document (`pieces.Piece`)."""
@@ -67,6 +68,7 @@ class WordTokenizer:
         if len(self._ids) != len(words) or UNKNOWN not in self._ids or END_OF_LINE not in self._ids:
             raise DataError(f"a word vocabulary needs distinct words with {UNKNOWN} and {END_OF_LINE} among them")
         self.vocabulary_size = len(words)
+        self.unknown: int | None = self._ids[UNKNOWN]
 
     @classmethod
     def train(cls, pieces: Iterator[Piece], min_count: int, limit: int) -> "WordTokenizer":
@@ -81,8 +83,8 @@ class WordTokenizer:
         return cls(kept)
 
     def encode(self, text: str) -> Encoded:
-        find, unknown = self._ids.get, self._ids[UNKNOWN]
-        ids = np.array([find(word, unknown) for word in _words(text)], dtype=np.int64)
+        find = self._ids.get
+        ids = np.array([find(word, self.unknown) for word in _words(text)], dtype=np.int64)
         return Encoded(ids, _word_ends(text))
 
     def token(self, index: int) -> str:
@@ -114,6 +116,7 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.load_from_serialized_proto(model)  # the constructor takes an empty model without a word
         self.vocabulary_size = self._processor.get_piece_size()
+        self.unknown: int | None = self._processor.unk_id()
 
     @classmethod
     def train(cls, pieces: Iterator[Piece], size: int) -> "SentencePieceTokenizer":
@@ -181,19 +184,23 @@ class HuggingFaceTokenizer:
             raise ConfigError(f"tokenizer.name {tokenizer.name_or_path!r} has no fast version, which says where tokens end")
         self._tokenizer = tokenizer
         self.vocabulary_size = len(tokenizer)
+        unknown = tokenizer.unk_token_id  # which some share with the end of a text
+        self.unknown: int | None = None if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id) else unknown
 
     @classmethod
-    def load(cls, name: str) -> "HuggingFaceTokenizer":
+    def load(cls, name: str, key: str = "tokenizer.name") -> "HuggingFaceTokenizer":
+        """Load a tokenizer from the hub or a folder; raises ConfigError, naming the key that named it, where there is none."""
         from transformers import AutoTokenizer
 
         try:
             loaded = cls(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
-            loaded.encode("a word")
+            if not len(loaded.encode("a word").ids):
+                raise ConfigError(f"{key} {name!r} has no tokenizer that knows any text; put the model's own beside it")
             return loaded
         except ConfigError:
             raise
         except Exception as error:  # each file and class has its own ways to be damaged
-            raise ConfigError(f"tokenizer.name {name!r} could not be loaded: {reason(error)}") from None
+            raise ConfigError(f"{key} {name!r}: its tokenizer could not be loaded: {reason(error)}") from None
 
     def encode(self, text: str) -> Encoded:
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -1,7 +1,8 @@
 """How a causal language model of transformers turns hidden states into logits: found out by trying, for every architecture.
 
 What can be adapted is a linear layer, tied to the embeddings or not, with a bias or without, whose logits may be multiplied by
-a number (Cohere, Granite) and softly capped (Gemma 2). A model that does anything else is refused by its name.
+a number (Cohere, Granite) and softly capped (Gemma 2). A model that does anything else is refused by its name, and so is one
+whose hidden states depend on the tokens after them.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbpa_lm.errors import ModelError
+from mbpa_lm.errors import ModelError, reason
 from mbpa_lm.models.base import OutputLayer
 from mbpa_lm.numerics.softcap import capped
 
@@ -43,7 +44,7 @@ class Head:
 def positions_of(model: Any) -> int | None:
     """Return how many positions a model has, None where it has any number or does not say."""
     positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions
+    return positions if positions is None or positions > 0 else None
 
 
 def find_head(model: Any) -> Head:
@@ -53,14 +54,20 @@ def find_head(model: Any) -> Head:
     if output is None or model in bases or model.config.is_encoder_decoder:
         raise ModelError(f"{name} is no causal language model with an output layer; only such a model can have a memory")
     _check_weight(name, output)
-    tokens = torch.arange(1, TRIED + 1, device=model.device)[None] % output.weight.shape[0]
+    tokens = torch.arange(1, TRIED + 1, device=model.device).repeat(2, 1) % output.weight.shape[0]
+    tokens[1, TRIED // 2 :] = (tokens[1, TRIED // 2 :] + 1) % output.weight.shape[0]
     seen: dict[Any, Tensor] = {}
     with _observed(bases, output, seen), in_evaluation(model), torch.no_grad():
-        logits = model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        try:
+            logits = model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        except (ValueError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
+            raise ModelError(f"{name} cannot read a text ({reason(error)}); it cannot have a memory") from None
     base = next((base for base in bases if base in seen), None)
     if base is None:
         raise ModelError(f"{name} computes its hidden states in an unknown place; it cannot have a memory")
     hidden_states, raw = seen[base], seen["logits"].float()
+    if not _equal(*hidden_states[:, : TRIED // 2]):
+        raise ModelError(f"{name} sees the tokens after the one that it predicts; it is no causal language model")
     if not _equal(seen["input"], hidden_states.to(seen["input"])):
         raise ModelError(f"{name} changes hidden states between its last layer and its output layer; it cannot have a memory")
     for softcap in (None, getattr(model.config.get_text_config(), "final_logit_softcapping", None)):

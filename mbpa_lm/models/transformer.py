@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mbpa_lm.config import ModelConfig
+from mbpa_lm.config.checks import require
 from mbpa_lm.errors import ConfigError, ModelError, did_you_mean, reason
 from mbpa_lm.models.base import ModelOutput, OutputLayer
 from mbpa_lm.models.head import find_head, positions_of
@@ -36,6 +37,11 @@ def check_settings(config: ModelConfig) -> None:
     for name in config.settings:
         if name not in valid:
             raise ConfigError(f"model.settings.{name} does not exist for {config.architecture}; {did_you_mean(name, valid)}")
+    for name, value in config.settings.items():
+        size = isinstance(getattr(defaults, name, None), int) and not isinstance(value, bool)
+        require(f"model.settings.{name}", value, not (size and isinstance(value, int) and value < 0), "0 or more")
+    chosen = "left out: the tokenizer says how many tokens there are (tokenizer.vocabulary_size)"
+    require("model.settings.vocab_size", config.settings.get("vocab_size"), "vocab_size" not in config.settings, chosen)
 
 
 class TransformerLanguageModel(nn.Module):
@@ -53,7 +59,7 @@ class TransformerLanguageModel(nn.Module):
 
     @classmethod
     def build(cls, config: ModelConfig, vocabulary_size: int) -> "TransformerLanguageModel":
-        """Build an untrained one; raises ConfigError where the settings do not make a model that can be trained here."""
+        """Build an untrained one; raises ConfigError where settings make none, ModelError where it cannot be trained."""
         causal_lm = _from_configuration(config, vocabulary_size)
         longest = positions_of(causal_lm)
         if longest is not None and longest < config.context_length:
@@ -64,9 +70,9 @@ class TransformerLanguageModel(nn.Module):
         try:
             model = cls(causal_lm, config.context_length, config.context_overlap)
         except ModelError as error:
-            raise ConfigError(f"model.architecture {config.architecture!r}: {error}") from None
+            raise ModelError(f"model.architecture {config.architecture!r}: {error}") from None
         if model.head.scale != 1 or model.head.softcap is not None:
-            raise ConfigError(
+            raise ModelError(
                 f"model.architecture {config.architecture!r} does more to its logits than a linear layer; train another one"
             )
         return model

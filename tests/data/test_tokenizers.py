@@ -118,7 +118,7 @@ def test_sentencepiece_says_which_sizes_fit(size: int) -> None:
 
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tokenizer\.name '.*nowhere' could not be loaded"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.name '.*nowhere': its tokenizer could not be loaded"):
         HuggingFaceTokenizer.load(str(tmp_path / "nowhere"))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mbpa_lm.config import ModelConfig
-from mbpa_lm.errors import ConfigError
+from mbpa_lm.errors import ConfigError, ModelError
 from mbpa_lm.models.build import build_model
 from mbpa_lm.models.lstm import LSTMLanguageModel
 from tests.conftest import GPT2, small_model
@@ -96,8 +96,15 @@ def test_architectures_of_the_library_are_built_from_their_configuration(archite
 )  # fmt: skip
 def test_a_transformer_that_cannot_be_made_is_refused_by_name(settings: dict[str, object], message: str) -> None:
     values = {"kind": "transformer", "settings": GPT2, "context_length": 12, "context_overlap": 4, **settings}
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, ModelError), match=message):
         build_model(ModelConfig(**values), 30)
+
+
+def test_a_model_that_sees_what_comes_after_is_refused_by_name() -> None:
+    settings = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}  # XLM, which has no causal mask
+    config = ModelConfig(kind="transformer", architecture="xlm", settings=settings, context_length=12, context_overlap=4)
+    with pytest.raises(ModelError, match=r"'xlm': XLMWithLMHeadModel sees the tokens after the one that it predicts"):
+        build_model(config, 30)
 
 
 def regularized(**settings: float) -> LSTMLanguageModel:
