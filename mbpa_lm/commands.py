@@ -7,28 +7,26 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-from jsonargparse.typing import PositiveInt
-
 from mbpa_lm.config import Config
-from mbpa_lm.errors import ConfigError, MbpaError, Terminated, did_you_mean, reason
+from mbpa_lm.config.checks import require
+from mbpa_lm.errors import ConfigError, MbpaError, Terminated, reason
+from mbpa_lm.options import DEBUG, make_parser, names_of, parse
+
+MOST_VERIFIED = 1000
+"""Positions of `--verify`, each of which takes as long as the stream before it."""
 
 INTERRUPTED, OUT_OF_MEMORY, UNEXPECTED = 130, 10, 70
 """Exit codes beside those of the errors (errors.py): Ctrl-C, no memory left, and a fault of this package."""
 
-DEBUG = "--debug"
-OPEN_KEYS = ("model.settings", "mixture.weights")
-"""Keys under which any name may stand."""
-
 
 def train(arguments: Sequence[str] | None = None) -> int:
     """Run `train.py` with the given arguments and return its exit code."""
-    return guarded(_train, sys.argv[1:] if arguments is None else arguments)
+    memory_takers = "training.batch_size, training.sequence_length or the model (model.hidden_size, model.settings)"
+    return guarded(_train, sys.argv[1:] if arguments is None else arguments, memory_takers)
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -48,7 +46,8 @@ def _train(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """Run `evaluate.py` with the given arguments and return its exit code."""
-    return guarded(_evaluate, sys.argv[1:] if arguments is None else arguments)
+    memory_takers = "evaluation.chunk_length, memory.size, memory.neighbours or adaptation.steps"
+    return guarded(_evaluate, sys.argv[1:] if arguments is None else arguments, memory_takers)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -60,10 +59,14 @@ def _evaluate(arguments: Sequence[str]) -> None:
         "--tune", action="store_true", help="Tune the experts on the validation text first, and keep what is best."
     )
     verify = "Score so many random positions (3) again from scratch without their future; any difference is an error."
-    parser.add_argument("--verify", type=PositiveInt, nargs="?", const=3, help=verify)
+    parser.add_argument("--verify", type=int, nargs="?", const=3, default=0, help=verify)
     parser.add_argument("--experts", type=str, help="The same as evaluation.experts, as names between commas.")
     config, options = parse(parser, arguments)
+    verified, most = options["verify"], f"from 1 to {MOST_VERIFIED:,}: each scores the stream from its beginning"
+    require("--verify", verified, "--verify" not in names_of(arguments) or 0 < verified <= MOST_VERIFIED, most)
     if options["experts"] is not None:
+        if "--evaluation.experts" in names_of(arguments):
+            raise ConfigError("--experts and --evaluation.experts say the same; give one of them")
         evaluation = replace(config.evaluation, experts=[name.strip() for name in options["experts"].split(",")])
         config = replace(config, evaluation=evaluation)
     check_one_model(config, options)
@@ -73,7 +76,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from mbpa_lm.evaluation import evaluate
 
     path = Path(options["checkpoint"]) if options["checkpoint"] else None
-    evaluate(config, path, options["tune"], options["verify"] or 0)
+    evaluate(config, path, options["tune"], verified)
 
 
 def check_one_model(config: Config, options: dict[str, Any]) -> None:
@@ -82,42 +85,11 @@ def check_one_model(config: Config, options: dict[str, Any]) -> None:
         raise ConfigError("--checkpoint and --model.pretrained name two models; give one of them")
 
 
-def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dict[str, Any]]:
-    """Parse arguments and YAML files into a checked Config and the parser's other options.
+def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str], memory_takers: str) -> int:
+    """Run a command and return its exit code; what went wrong is said in one line, and with `--debug` where in the code.
 
-    Raises ConfigError naming the key that is wrong, and the nearest valid one where it is misspelt.
+    Args: memory_takers: settings that are to be made smaller where memory does not do.
     """
-    sections = {section.name for section in fields(Config)}
-    valid = _valid_keys()
-    others = {action.dest for action in parser._actions if action.dest.split(".")[0] not in sections}
-    for argument in arguments:
-        if argument.startswith("--"):
-            _check_key(argument[2:].split("=", 1)[0].removesuffix("+"), valid | others | sections, "option --")
-    for path in _config_files(arguments):
-        for key in _yaml_keys(path):
-            _check_key(key, valid, f"{path}: ")
-    try:
-        namespace = parser.parse_args(list(arguments))
-        made = parser.instantiate(namespace)
-    except ArgumentError as error:
-        raise ConfigError(reason(error)) from None
-    config = Config(**{name: getattr(made, name) for name in sections})
-    return config, {name: getattr(made, name) for name in others if hasattr(made, name)}
-
-
-def make_parser(program: str, description: str) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    usage = "%(prog)s --config FILE [--section.name VALUE ...]"
-    parser = ArgumentParser(prog=program, description=description, usage=usage, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of values; what follows on the command line wins.")
-    parser.add_argument(DEBUG, action="store_true", help="Where it fails, show where in the code too.")
-    for section in fields(Config):
-        parser.add_class_arguments(section.type, section.name)
-    return parser
-
-
-def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
-    """Run a command and return its exit code; what went wrong is said in one line, and with `--debug` where in the code."""
     debug = DEBUG in arguments
     try:
         with _termination_as_error():
@@ -131,8 +103,7 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
         from mbpa_lm.system.out_of_memory import is_out_of_memory
 
         if is_out_of_memory(error):
-            smaller = "training.batch_size, evaluation.chunk_length or memory.size"
-            return _failed(f"out of memory ({reason(error)}); make {smaller} smaller", OUT_OF_MEMORY, debug)
+            return _failed(f"out of memory ({reason(error)}); make {memory_takers} smaller", OUT_OF_MEMORY, debug)
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
         text = f"{type(error).__name__} at {where}: {reason(error)}; this is a fault of mbpa_lm, {DEBUG} shows all of it"
@@ -167,7 +138,7 @@ def _termination_as_error() -> Iterator[None]:
 def prepare_machine(config: Config, keep_memory: bool = True) -> None:
     """Set threads and the C library up, freed memory kept or not, and what is said where a mapped file is lost.
 
-    Raises ConfigError where a CUDA device is not there.
+    Raises ConfigError where a CUDA device is not there, DatastoreError where an index cannot be made or searched as asked.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
@@ -184,39 +155,7 @@ def prepare_machine(config: Config, keep_memory: bool = True) -> None:
         torch.set_num_threads(config.run.threads)
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is cuda, but PyTorch sees no CUDA device; use cpu or auto")
+    if config.memory.gpus != "none" or config.memory.index == "cagra":
+        from mbpa_lm.memory.datastore.index import check_available
 
-
-def _valid_keys() -> set[str]:
-    return {f"{section.name}.{value.name}" for section in fields(Config) for value in fields(section.type)}  # type: ignore[arg-type]
-
-
-def _check_key(key: str, valid: set[str], where: str) -> None:
-    if key in valid or key == "help" or any(key.startswith(f"{name}.") for name in OPEN_KEYS):
-        return
-    raise ConfigError(f"{where}{key} does not exist; {did_you_mean(key, valid)}")
-
-
-def _config_files(arguments: Sequence[str]) -> list[str]:
-    files = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")]
-    return files + [value for option, value in zip(arguments, arguments[1:], strict=False) if option == "--config"]
-
-
-def _yaml_keys(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {reason(error)}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {reason(error)}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} holds no sections; see configs/ for examples")
-    keys = []
-    for section, values in content.items():
-        if section in {item.name for item in fields(Config)}:
-            if not isinstance(values, dict):
-                raise ConfigError(f"--config {path}: {section} holds no values; leave it out, or give some by name")
-            keys += [f"{section}.{name}" for name in values]
-        else:
-            keys.append(str(section))
-    return keys
+        check_available(None if config.memory.index == "auto" else config.memory.index, config.memory.gpus)

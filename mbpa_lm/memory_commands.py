@@ -9,8 +9,9 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import NonNegativeFloat
 
-from mbpa_lm.commands import check_one_model, guarded, make_parser, parse, prepare_machine
+from mbpa_lm.commands import check_one_model, guarded, prepare_machine
 from mbpa_lm.errors import ConfigError, did_you_mean, reason
+from mbpa_lm.options import explained, make_parser, parse
 
 USAGE = """usage: mbpa-memory COMMAND ...
 
@@ -31,7 +32,7 @@ KINDS = ("auto", "flat", "ivf_flat", "ivf_pq", "hnsw", "cagra")
 
 def memory(arguments: Sequence[str] | None = None) -> int:
     """Run `mbpa-memory` with the given arguments and return its exit code."""
-    return guarded(_memory, sys.argv[1:] if arguments is None else arguments)
+    return guarded(_memory, sys.argv[1:] if arguments is None else arguments, "evaluation.chunk_length or memory.resident_gib")
 
 
 def _memory(arguments: Sequence[str]) -> None:
@@ -161,7 +162,7 @@ def _prepare(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     try:
         options = parser.parse_args(list(arguments))
     except ArgumentError as error:
-        raise ConfigError(f"{reason(error)}; {parser.prog} --help says what it takes") from None
+        raise ConfigError(explained(reason(error))) from None
     from mbpa_lm.system.mapped_files import say_what_a_bus_error_is
 
     say_what_a_bus_error_is()

@@ -12,6 +12,7 @@ from mbpa_lm.config import Config, ModelConfig
 from mbpa_lm.memory.base import Entries, Neighbours
 from mbpa_lm.models.base import LanguageModel
 from mbpa_lm.models.build import build_model
+from mbpa_lm.options import make_parser, parse
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -84,7 +85,7 @@ def trained_run(options: Callable[..., list[str]], tmp_path_factory: pytest.Temp
 
 
 def parsed(arguments: list[str]) -> Config:
-    return commands.parse(commands.make_parser("train.py", ""), arguments)[0]
+    return parse(make_parser("train.py", ""), arguments)[0]
 
 
 class ListedStore:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from mbpa_lm import commands
 from mbpa_lm.checkpoints.checkpoint import find_checkpoint, load_checkpoint
-from mbpa_lm.commands import make_parser, parse
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory_commands import memory
+from mbpa_lm.options import make_parser, parse
 from mbpa_lm.remembering.datastores import open_one
 from mbpa_lm.system.durable import take_lock
 

@@ -79,6 +79,9 @@ class EvaluationConfig:
             if name not in EXPERTS:
                 raise ConfigError(f"evaluation.experts names {name!r}; {did_you_mean(name, EXPERTS)}")
         require_not_negative("evaluation", self, "max_tokens")
+        if self.text is not None:
+            require("evaluation.text", self.text, bool(self.text.strip()), "a text file or a folder of files")
+            require("evaluation.split", self.split, self.split == "test", "left out with evaluation.text, which is read whole")
 
 
 @dataclass(frozen=True)

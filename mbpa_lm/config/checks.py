@@ -1,11 +1,16 @@
 """What sections of a configuration check their values with; each raises ConfigError naming the key."""
 
+import math
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mbpa_lm.errors import ConfigError
 
 Value = TypeVar("Value")
+
+
+LARGEST = 10**12
+"""A whole number beyond it is a slip of the finger, and more than PyTorch, NumPy and C take."""
 
 
 def require(key: str, value: object, holds: bool, expected: str) -> None:
@@ -23,13 +28,27 @@ def known(key: str, value: Value | None) -> Value:
 def require_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(f"{section}.{name}", value, value is None or value > 0, "greater than 0")
+        require(f"{section}.{name}", value, value is None or 0 < value <= _most(value), _within("greater than 0", value))
 
 
 def require_not_negative(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(f"{section}.{name}", value, value is None or value >= 0, "0 or more")
+        require(f"{section}.{name}", value, value is None or 0 <= value <= _most(value), _within("0 or more", value))
+
+
+def require_at_most(most: int, section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(f"{section}.{name}", value, value is None or value <= most, f"at most {most:,}")
+
+
+def _most(value: float) -> float:
+    return LARGEST if isinstance(value, int) else math.inf
+
+
+def _within(lower: str, value: float | None) -> str:
+    return f"at most {LARGEST:,}" if value is not None and value > _most(value) else lower
 
 
 def require_probability(section: str, config: Any, *names: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mbpa_lm.config.checks import require, require_not_negative, require_positive, require_probability
+from mbpa_lm.config.checks import require, require_at_most, require_not_negative, require_positive, require_probability
 
 MOST_STEPS = 10_000
 """Gradient steps for a prediction; beyond them is a slip of the finger, which would take all the memory there is."""
@@ -114,7 +114,7 @@ class AdaptationConfig:
     def __post_init__(self) -> None:
         require("adaptation.weight", self.weight, 0 < self.weight <= 1, "greater than 0 and at most 1")
         require_not_negative("adaptation", self, "steps", "alpha", "beta", "moved_words")
-        require("adaptation.steps", self.steps, self.steps <= MOST_STEPS, f"at most {MOST_STEPS:,}")
+        require_at_most(MOST_STEPS, "adaptation", self, "steps")
         require_positive("adaptation", self, "tolerance", "candidates", "reach")
         require_probability("adaptation", self, "momentum")
         if self.schedule is not None:
@@ -148,6 +148,13 @@ class PersistentConfig:
     def __post_init__(self) -> None:
         require_positive("persistent", self, "interval", "smoothing", "statistics_tokens")
         require_not_negative("persistent", self, "rate", "decay")
+        _require_an_interval("persistent", self)
+
+
+def _require_an_interval(section: str, config: "PersistentConfig | DynamicConfig") -> None:
+    """Refuse statistics of fewer tokens than gradients are taken over at once."""
+    tokens, wanted = config.statistics_tokens, f"at least {section}.interval ({config.interval})"
+    require(f"{section}.statistics_tokens", tokens, tokens >= config.interval, wanted)
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,7 @@ class CacheConfig:
     """Share of each where it predicts alone; the rest is the base model's. Empty: 0.1."""
 
     def __post_init__(self) -> None:
+        require("cache.windows", self.windows, bool(self.windows), "at least one length; leave cache out of evaluation.experts")
         thetas, weights = ([] if values is None else values for values in (self.thetas, self.weights))
         for name, values in (("thetas", self.thetas), ("weights", self.weights)):
             wanted = f"{len(self.windows)} numbers, one for each of cache.windows"
@@ -217,6 +225,7 @@ class DynamicConfig:
     def __post_init__(self) -> None:
         require_positive("dynamic", self, "interval", "smoothing", "statistics_tokens")
         require_not_negative("dynamic", self, "rate", "decay")
+        _require_an_interval("dynamic", self)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mbpa_lm.config.checks import require, require_not_negative, require_positive, require_probability
+from mbpa_lm.config.checks import require, require_at_most, require_not_negative, require_positive, require_probability
 from mbpa_lm.errors import ConfigError
 
+MOST_THREADS, MOST_LAYERS = 1024, 1000
 SettingValue = bool | int | float | str | None
 
 
@@ -26,6 +27,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require("run.folder", self.folder, bool(self.folder.strip()), "the path of a folder")
         require_not_negative("run", self, "threads", "seed")
+        require_at_most(MOST_THREADS, "run", self, "threads")
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_positive("model", self, "hidden_size", "layers", "context_length")
+        require_at_most(MOST_LAYERS, "model", self, "layers")
         require_not_negative("model", self, "embedding_size", "activation_penalty", "change_penalty", "context_overlap")
         require_probability("model", self, "dropout", "hidden_dropout", "embedding_dropout", "input_dropout", "weight_dropout")
         require(

@@ -1,13 +1,15 @@
 """Local text: a folder with train.txt, valid.txt and test.txt, one text file, or a folder of text files."""
 
 import hashlib
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
 from mbpa_lm.data.pieces import SPLITS, Piece, split_documents
 from mbpa_lm.errors import DataError, reason
+from mbpa_lm.system.durable import NoRegularFile, open_file
 
 PIECE_BYTES = 1 << 20
 
@@ -55,7 +57,7 @@ class HeldOutText:
         if path.is_dir():
             files = _files_under(path)
             if len(files) < len(SPLITS):
-                raise DataError(f"{path} holds {len(files)} files; a folder of texts needs at least {len(SPLITS)}")
+                raise DataError(f"{path} holds {len(files)} files; name one of them, or a folder of {len(SPLITS)} or more")
             self._parts = self._hold_out_files(files)
         else:
             self._parts = self._hold_out_lines()
@@ -81,7 +83,7 @@ class HeldOutText:
         size = self._path.stat().st_size
         valid_fraction, test_fraction = self._fractions
         wanted = (int(size * (1 - valid_fraction - test_fraction)), int(size * (1 - test_fraction)))
-        with _open(self._path) as file:
+        with _reading(self._path) as file:
             cuts = []
             for offset in wanted:
                 file.seek(offset)
@@ -89,7 +91,8 @@ class HeldOutText:
                 cuts.append(file.tell())
         bounds = [0, *cuts, size]
         if any(begin >= end for begin, end in zip(bounds, bounds[1:], strict=False)):
-            raise DataError(f"{self._path} has too few lines to hold out validation and test text; give a longer text")
+            advice = "give a longer text, or larger data.valid_fraction and data.test_fraction"
+            raise DataError(f"{self._path} has too few lines to hold out validation and test text; {advice}")
         return {split: [(self._path, begin, end)] for split, begin, end in zip(SPLITS, bounds, bounds[1:], strict=False)}
 
 
@@ -102,6 +105,8 @@ class WholeText:
         self.name = path.resolve().name
         self._pattern = pattern
         self._files = _files_under(path) if path.is_dir() else [path]
+        if not self._files:
+            raise DataError(f"{path} holds no files; give a text file or a folder of text files")
 
     def fingerprint(self, split: str) -> str:
         return _hash(self._files, self._pattern or "")
@@ -137,7 +142,7 @@ def read_pieces(path: Path, begin: int, end: int) -> Iterator[Piece]:
     """
     if end - begin == 0:
         raise DataError(f"{path} is empty; there is nothing to read")
-    with _open(path) as file:
+    with _reading(path) as file:
         if begin == 0 and file.read(len(BOM_UTF8)) == BOM_UTF8:
             begin = len(BOM_UTF8)
         file.seek(begin)
@@ -164,10 +169,13 @@ def _files_under(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*")) if file.is_file() and not is_hidden(file)]
 
 
-def _open(path: Path) -> BufferedReader:
+@contextmanager
+def _reading(path: Path) -> Iterator[BufferedReader]:
+    """Open a file; raises DataError where it cannot be read, or is a pipe or a device, which cannot be read twice."""
     try:
-        return path.open("rb")
-    except OSError as error:
+        with open_file(path) as file:
+            yield file
+    except (OSError, NoRegularFile) as error:
         raise DataError(f"{path} cannot be read: {reason(error)}") from None
 
 
@@ -180,16 +188,19 @@ def _decode(block: bytes, path: Path, offset: int) -> str:
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
-        byte = block[error.start]
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}; convert it first, "
-            f"for example with iconv -f latin1 -t utf-8"
-        ) from None
+        byte, utf16 = block[error.start], offset == 0 and block.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
+        if utf16:
+            advice = "it begins as UTF-16 does; convert it with iconv -f utf-16 -t utf-8"
+        elif b"\0" in block:
+            advice = "it holds zero bytes, as no text does; name a text file"
+        else:
+            advice = "convert it first, for example with iconv -f latin1 -t utf-8"
+        raise DataError(f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}; {advice}") from None
 
 
 def _hash(paths: list[Path], settings: str) -> str:
     digest = hashlib.sha256(settings.encode())
     for path in paths:
-        with _open(path) as file:
+        with _reading(path) as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -39,7 +39,7 @@ def main() -> None:
     """Do what `lm_eval` does, with this model type too."""
     from lm_eval.__main__ import cli_evaluate
 
-    sys.exit(guarded(lambda _: cli_evaluate(), ()))
+    sys.exit(guarded(lambda _: cli_evaluate(), (), "--batch_size or memory.size"))
 
 
 if __name__ == "__main__":

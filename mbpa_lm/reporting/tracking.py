@@ -25,14 +25,18 @@ LONGEST_ANSWER, LONGEST_GOODBYE = 60.0, 120.0
 def check_free(folder: Path) -> None:
     """Raise RunFolderError where another process is writing a run folder, before anything in it is read."""
     path = folder / LOG_FILE
-    if path.is_file():
-        try:
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise RunFolderError(f"run.folder {folder} is a file; name a folder")
+        if path.is_file():
             with path.open("rb") as file:
                 lock_open_file(file)
-        except BlockingIOError:
-            raise RunFolderError(f"run.folder {folder} is being written by another process; name another folder") from None
-        except OSError:
-            pass  # which is said when it is to be written
+    except BlockingIOError:
+        raise RunFolderError(f"run.folder {folder} is being written by another process; name another folder") from None
+    except PermissionError:
+        pass  # which is said when it is to be written
+    except OSError as error:
+        raise RunFolderError(f"run.folder {folder} cannot be written: {reason(error)}; name another folder") from None
 
 
 class RunLog:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from mbpa_lm import commands
+from mbpa_lm.options import make_parser, parse
 
 Options = Callable[..., list[str]]
 ROOT = Path(__file__).parents[2]
@@ -84,7 +85,7 @@ def test_a_sweep_starts_what_it_is_named_after(path: Path, monkeypatch: pytest.M
     sweep = yaml.safe_load(path.read_text())
     given = [f"--{name}={value_of(knob)}" for name, knob in sweep["parameters"].items()]
     words = [word for word in sweep["command"] if not re.fullmatch(r"\$\{(env|interpreter|program|args)\}", word)]
-    config, _ = commands.parse(commands.make_parser("train.py", ""), [*words, *given])
+    config, _ = parse(make_parser("train.py", ""), [*words, *given])
     assert words == ["--config", f"configs/{path.name}", "--run.folder", f"runs/sweeps/{path.stem}"]
     for name, knob in sweep["parameters"].items():
         section, key, *rest = name.split(".")

@@ -92,6 +92,7 @@ def train_index(kind: IndexKind, keys_Nd: np.ndarray, cells: int, on_progress: C
         index = faiss.IndexIVFScalarQuantizer(coarse, d, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2, False)
     elif _code_parts(d) * LARGEST_PART >= d:
         index = faiss.IndexIVFPQ(coarse, d, cells, _code_parts(d), 8)
+        index.pq.cp.min_points_per_centroid = 1  # else FAISS warns once for each part of a key
     else:  # a hidden size that does not divide: a byte a number instead
         index = faiss.IndexIVFScalarQuantizer(coarse, d, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2, False)
     index.train(keys_Nd)
@@ -165,6 +166,14 @@ def _is_plain(index: Any, kind: IndexKind) -> bool:
     return isinstance(index, faiss.IndexHNSW)
 
 
+def check_available(kind: IndexKind | None, gpus: Gpus) -> None:
+    """Raise DatastoreError where what is asked for is not there on this machine, before anything is read for it."""
+    if kind == "cagra" and not (hasattr(faiss, "GpuIndexCagra") and has_gpu_build()):
+        raise DatastoreError("index cagra needs a GPU and a FAISS that is built with cuVS; take hnsw or ivf_flat")
+    if gpus != "none" and not has_gpu_build():
+        raise DatastoreError(f"memory.gpus is {gpus}, but FAISS sees no GPU here; leave it out")
+
+
 def check_gpus(kind: IndexKind, gpus: Gpus) -> None:
     """Raise DatastoreError where GPUs are asked for and FAISS searches the kind on a CPU only."""
     if gpus != "none" and kind == "hnsw":
@@ -174,12 +183,13 @@ def check_gpus(kind: IndexKind, gpus: Gpus) -> None:
 
 
 def to_gpus(index: Any, gpus: Gpus) -> Any:
-    """Return the index on all GPUs: a copy on each, or a part on each; where it is where there is no GPU build.
+    """Return the index on all GPUs: a copy on each, or a part on each.
 
     Raises DatastoreError where FAISS has no such index for GPUs (codes of 50 bytes, for example).
     """
-    if gpus == "none" or not has_gpu_build():
+    if gpus == "none":
         return index
+    check_available(None, gpus)
     options = faiss.GpuMultipleClonerOptions()
     options.shard = gpus == "shard" and faiss.get_num_gpus() > 1  # FAISS does not come back from one part of an ivf_pq
     options.useFloat16 = True
@@ -206,9 +216,8 @@ def _code_parts(d: int) -> int:
 
 
 def _cagra(keys_Nd: np.ndarray) -> Any:
-    if not hasattr(faiss, "GpuIndexCagra") or not has_gpu_build():
-        raise DatastoreError("index cagra needs a GPU and a FAISS that is built with cuVS; take hnsw or ivf_flat")
-    on_gpu = faiss.GpuIndexCagra(faiss.StandardGpuResources(), keys_Nd.shape[1], faiss.METRIC_L2)
+    check_available("cagra", "none")
+    on_gpu = faiss.GpuIndexCagra(faiss.StandardGpuResources(), keys_Nd.shape[1], faiss.METRIC_L2)  # type: ignore[attr-defined]
     on_gpu.train(keys_Nd)
     index = faiss.IndexHNSWCagra()  # type: ignore[attr-defined]
     index.base_level_only = False
