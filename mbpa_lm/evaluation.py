@@ -17,7 +17,7 @@ from mbpa_lm.config import Config, RemoteConfig
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
-from mbpa_lm.errors import ConfigError, did_you_mean
+from mbpa_lm.errors import AdaptationError, ConfigError, did_you_mean
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.mixing.features import FEATURES
 from mbpa_lm.mixing.gate import GateRule, OnlineGate
@@ -25,6 +25,7 @@ from mbpa_lm.remembering.datastores import knows
 from mbpa_lm.remembering.training_text import own_corpus
 from mbpa_lm.reporting.figures import write_figures
 from mbpa_lm.reporting.metrics import perplexity
+from mbpa_lm.reporting.remarks import of_diverged
 from mbpa_lm.reporting.report import print_tables, print_tuned, write_results
 from mbpa_lm.reporting.run_metrics import gate_metrics, log_metrics, run_metrics
 from mbpa_lm.reporting.tracking import RunLog
@@ -45,6 +46,8 @@ from mbpa_lm.system.processes import Processes
 from mbpa_lm.system.progress import ProgressBar, console, token_progress
 from mbpa_lm.tuning.everything import tune
 
+SEARCH_DATASTORES = {"mbpa", "mbpa+persistent", "knn"}
+
 
 def evaluate(
     config: Config, checkpoint_path: Path | None, tune_first: bool = False, verified_positions: int = 0
@@ -54,7 +57,8 @@ def evaluate(
     Without a path, that is the model that `model.pretrained` names. With `tune_first`, the experts are tuned on the validation
     text before, and what is best is kept with the checkpoint. `verified_positions` are scored again without their future.
     Raises CheckpointError where the checkpoint is not of the configured model, tokenizer or text, DataError where the text
-    cannot be read, and NumericalError for a prediction that is no probability or that depends on its future.
+    cannot be read, and NumericalError for a prediction that is no probability or that depends on its future. Raises
+    AdaptationError, once all is written, where an expert has diverged.
     """
     processes = Processes(config.run.device)
     _check_uses(config, processes, tune_first, verified_positions)
@@ -99,7 +103,14 @@ def evaluate(
             log_metrics(log, metrics)
             log.show(write_figures(Path(config.run.folder), metrics))
             print_tables(metrics)
+            if verified:
+                console.print(f"verified: the same to the bit without their future, and sums of one, at positions {verified}")
             console.print(f"written to {path}")
+    diverged = of_diverged(metrics["experts"], model.vocabulary_size)
+    if diverged and config.evaluation.on_error == "stop":
+        raise AdaptationError(diverged)
+    if diverged and processes.is_first:
+        console.print(diverged)
     return metrics
 
 
@@ -179,7 +190,6 @@ def _verify(one_pass: _Pass, streams: Sequence[TokenStream], scored: Scored, wan
     own = positions[processes.rank :: processes.count]
     verify(streams, own, scored.scores.losses, score, one_pass.chunk_length, vocabulary_size, seed)
     processes.wait()
-    console.print(f"the same to the bit without their future, and distributions that sum to one, at positions {positions}")
     return positions
 
 
@@ -188,6 +198,11 @@ def _check_uses(config: Config, processes: Processes, tune_first: bool, verified
         raise ConfigError(
             f"{processes.count} processes cannot share one stream; add --evaluation.independent true, or start one process"
         )
+    if tune_first and set(config.evaluation.experts) <= {"base"}:
+        raise ConfigError("--tune has nothing to tune: evaluation.experts names no expert but base")
+    if config.memory.datastores and not SEARCH_DATASTORES & set(config.evaluation.experts):
+        wanted = ", ".join(sorted(SEARCH_DATASTORES))
+        raise ConfigError(f"memory.datastores are searched by none of evaluation.experts; add one of {wanted}")
     if processes.count > 1 and tune_first:
         raise ConfigError("--tune is for one process; tune first, then evaluate with several")
     if config.evaluation.independent and config.remote.address:

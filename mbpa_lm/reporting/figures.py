@@ -17,6 +17,8 @@ from mbpa_lm.scoring.mixed_scores import GATE, UNIFORM
 
 FOLDER = "figures"
 DOTS_PER_INCH = 120
+HIGHEST = 1e9
+"""Perplexity that is drawn: that of an expert that diverged may be beyond what an axis can show."""
 
 Metrics = Mapping[str, Any]
 
@@ -45,7 +47,7 @@ def along_stream(metrics: Metrics) -> Figure:
     for name, values in metrics["experts"].items():
         segments = values["along_stream"]
         places = [100 * (number + 0.5) / len(segments) for number in range(len(segments))]
-        axes.plot(places, [segment["perplexity"] for segment in segments], **_style(name, metrics))
+        axes.plot(places, [min(segment["perplexity"], HIGHEST) for segment in segments], **_style(name, metrics))
     axes.set(xlabel="% of the stream", ylabel="perplexity", yscale="log")
     _put_legend(axes)
     return figure
@@ -79,7 +81,9 @@ def gate_weights(metrics: Metrics) -> Figure:
     places = [100 * (number + 0.5) / count for number in range(count)]
     colours = [_style(name, metrics)["color"] if name != UNIFORM else "lightgrey" for name in curves]
     axes.stackplot(places, *curves.values(), labels=list(curves), colors=colours)
-    axes.set(xlabel="% of the stream", ylabel="mean weight", xlim=(places[0], places[-1]), ylim=(0, 1))
+    axes.set(
+        xlabel="% of the stream", ylabel="mean weight", xlim=(places[0], places[-1]) if count > 1 else (0, 100), ylim=(0, 1)
+    )
     _put_legend(axes)
     return figure
 
@@ -89,8 +93,9 @@ def quality_against_cost(metrics: Metrics) -> Figure:
     figure, (axes,) = _make_figure(1, "quality against cost", metrics)
     for name, values in metrics["experts"].items():
         style = _style(name, metrics)
-        axes.scatter(values["tokens_per_second"], values["perplexity"], color=style["color"])
-        axes.annotate(name, (values["tokens_per_second"], values["perplexity"]), (4, 3), textcoords="offset points", fontsize=7)
+        place = values["tokens_per_second"], min(values["perplexity"], HIGHEST)
+        axes.scatter(*place, color=style["color"])
+        axes.annotate(name, place, (4, 3), textcoords="offset points", fontsize=7)
     axes.set(xlabel=f"tokens a second, alone ({metrics['machine'].split(',')[0]})", ylabel="perplexity", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -113,4 +118,5 @@ def _style(name: str, metrics: Metrics) -> dict[str, Any]:
 
 
 def _put_legend(axes: Axes) -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7, frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7, frameon=False)

@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 
 from mbpa_lm.checkpoints.tuned import Tuned
 from mbpa_lm.errors import RunFolderError, reason
+from mbpa_lm.reporting.remarks import of_unknown_words
 from mbpa_lm.scoring.stream import StreamScores
 from mbpa_lm.system.durable import file_hash, replacing, write_json
 from mbpa_lm.system.progress import console
 
 METRICS_FILE = "metrics.json"
+LARGE = 1e6
 LOSSES_FILE = "losses.safetensors"
 
 
@@ -64,12 +66,15 @@ def print_tables(metrics: Mapping[str, Any]) -> None:
     for name, values in experts.items():
         table.add_row(
             name,
-            f"{values['perplexity']:.2f}",
-            "" if name == "base" else f"{values['perplexity'] / base - 1:+.1%}",
+            _perplexity(values["perplexity"]),
+            "" if name == "base" else _change(values["perplexity"], base),
             *(f"{values[measure]:.3f}" for measure in bits),
             f"{values['tokens_per_second']:,.0f}",
         )
     console.print(table)
+    unknown = of_unknown_words(stream)
+    if unknown:
+        console.print(unknown, markup=False)
     _print_groups("perplexity by occurrences of the word in training", experts, "by_training_frequency")
     _print_groups("perplexity by occurrence in the stream", experts, "by_recurrence")
     _print_groups("perplexity by positions since the word last occurred", experts, "by_distance")
@@ -104,9 +109,19 @@ def _print_groups(title: str, experts: Mapping[str, Any], group: str) -> None:
     table.add_row("base", *(f"{values['perplexity']:,.1f}" for values in base.values()))
     for name, values in experts.items():
         if name != "base":
-            changes = [values[group][row]["perplexity"] / base[row]["perplexity"] - 1 for row in base]
-            table.add_row(name, *(f"{change:+.1%}" for change in changes))
-    console.print(table)
+            table.add_row(name, *(_change(values[group][row]["perplexity"], base[row]["perplexity"]) for row in base))
+    if base:
+        console.print(table)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < LARGE else f"{value:.1e}"
+
+
+def _change(value: float, base: float) -> str:
+    """Return how much more a perplexity is than another, in per cent, as long as that says something."""
+    change = round(value / base - 1, 3) + 0.0  # no minus before a zero
+    return f"{change:+.1%}" if change < LARGE / 1e4 else f"{value / base:.0e} times"
 
 
 def _print_gate(gate: Mapping[str, Any], whole: float) -> None:
@@ -117,7 +132,7 @@ def _print_gate(gate: Mapping[str, Any], whole: float) -> None:
     for name in [*gate["weights"], *(name for name in gate["without"] if name not in gate["weights"])]:
         weight = f"{gate['weights'][name]:.3f}" if name in gate["weights"] else ""
         without = gate["without"].get(name)
-        cells = [f"{without['perplexity']:.2f}", f"{without['perplexity'] / whole - 1:+.1%}"] if without else ["", ""]
+        cells = [_perplexity(without["perplexity"]), _change(without["perplexity"], whole)] if without else ["", ""]
         table.add_row(name, weight, *cells)
     console.print(table)
     noisy = gate["with_a_noise_expert"]["perplexity"]

@@ -16,6 +16,7 @@ from mbpa_lm.checkpoints.checkpoint import Checkpoint, training_record
 from mbpa_lm.config import Config
 from mbpa_lm.data.streams import TokenStream
 from mbpa_lm.reporting.metrics import SEGMENTS, Targets, perplexity, summarize
+from mbpa_lm.reporting.remarks import unknown_shares
 from mbpa_lm.reporting.tracking import RunLog
 from mbpa_lm.scoring.documents import Scored
 from mbpa_lm.scoring.mixed_scores import UNIFORM, MixedScores
@@ -46,6 +47,7 @@ def run_metrics(
             "words": targets.words,
             "characters": targets.characters,
             "documents": len(stream.document_starts),
+            **unknown_shares(checkpoint.tokenizer.unknown, stream.tokens, counts),
         },
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
