@@ -10,17 +10,41 @@ your own, examples/python_documentation.py makes both from what lies on this mac
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mbpa_lm
+from mbpa_lm.commands import guarded
+from mbpa_lm.errors import ConfigError, DataError, reason
+
+SUFFIXES = (".txt", ".md", ".rst")
 
 
 def read_folder(folder: Path) -> list[str]:
-    """Return the texts of all files under a folder, in the order of their names."""
-    return [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.txt"))]
+    """Return the texts of all files under a folder, in the order of their names; raises DataError where one is none."""
+    paths, texts = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES), []
+    for path in paths:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read: {reason(error)}; convert it to UTF-8, or take it away") from None
+    if sum(bool(text.strip()) for text in texts) < 2:
+        kinds = ", ".join(SUFFIXES)
+        raise DataError(f"{folder} holds {len(texts)} texts ({kinds}); two halves need at least 2 that say something")
+    return [text for text in texts if text.strip()]
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """Return a model and its tokenizer; raises ConfigError where they are not there."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {name} could not be loaded: {reason(error)}") from None
 
 
 def continue_text(model: Any, tokenizer: Any, prompt: str) -> str:
@@ -29,24 +53,19 @@ def continue_text(model: Any, tokenizer: Any, prompt: str) -> str:
     return str(tokenizer.decode(written[0][asked.input_ids.shape[1] :]))
 
 
-def main() -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def remember_and_score(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--memory", type=Path, required=True, help="where the memory is saved")
     parser.add_argument("--prompt", help="a text to go on with; the beginning of the last file where it is left out")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     texts = read_folder(arguments.texts)
-    if len(texts) < 2:
-        sys.exit(f"error: {arguments.texts} holds {len(texts)} .txt files; two halves need at least 2")
     if arguments.memory.exists():
-        sys.exit(f"error: {arguments.memory} is there already; name another folder")
+        raise ConfigError(f"{arguments.memory} is there already; name another folder")
     remembered, scored = texts[: len(texts) // 2], texts[len(texts) // 2 :]
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    model, tokenizer = load_model(arguments.model)
     memory = mbpa_lm.Memory(model, tokenizer)
     start = time.perf_counter()
     memory.add_documents(remembered)
@@ -72,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(remember_and_score, sys.argv[1:], "the texts or the model"))

@@ -1,6 +1,7 @@
 """The command line as an interface: help that explains, and mistakes answered in one line before any work."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -50,8 +51,27 @@ MISTAKES = [
     (["--model.hiden_size", "3"], "option --model.hiden_size does not exist; did you mean model.hidden_size?"),
     (["--hidden_size", "3"], "option --hidden_size does not exist; did you mean model.hidden_size?"),
     (["--zzzzz=1"], "option --zzzzz does not exist; --help lists the valid ones"),
-    (["--model.hidden_size", "big"], "model.hidden_size"),
-    (["--model.hidden_size", "2.5"], "model.hidden_size"),
+    (["--model.hidden_size", "big"], "model.hidden_size is 'big'; it must be a whole number"),
+    (["--model.hidden_size", "2.5"], "model.hidden_size is '2.5'; it must be a whole number"),
+    (["--adaptation.alpha", "x"], "adaptation.alpha is 'x'; it must be a number"),
+    (["--evaluation.independent", "maybe"], "evaluation.independent is 'maybe'; it must be true or false"),
+    (["--cache.windows", "5"], "cache.windows is '5'; it must be a list, such as '[100, 500]'"),
+    (["--cache.windows", "[]"], "cache.windows is []; it must be at least one length"),
+    (["--evaluation.experts", "mbpa"], "evaluation.experts is 'mbpa'; it must be a list, such as '[base, mbpa]'"),
+    (["--mixture.weights", "3"], "mixture.weights is '3'; it must be names with values, such as '{base: 0.8, cache-500: 0.2}'"),
+    (["--adaptation.solver", "resticted"], "it must be one of restricted, dual, reference; did you mean restricted?"),
+    (["--run.seed", "1" * 23], "it must be at most 1,000,000,000,000"),
+    (["--run.threads", "100000000"], "run.threads is 100000000; it must be at most 1,024"),
+    (["--model.layers", "1000000"], "model.layers is 1000000; it must be at most 1,000"),
+    (["--memory.size", "1" * 23], "it must be at most 1,000,000,000,000"),
+    (["--memory.neighbours", "1000000"], "memory.neighbours is 1000000; it must be at most 100,000"),
+    (["--persistent.statistics_tokens", "1"], "statistics_tokens is 1; it must be at least persistent.interval (20)"),
+    (["--evaluation.text", ""], "evaluation.text is ''; it must be a text file or a folder of files"),
+    (["--evaluation.text", "x", "--evaluation.split", "valid"], "it must be left out with evaluation.text"),
+    (["--checkpoint", "x"], "option --checkpoint does not exist for train.py; evaluate.py has it"),
+    (["words"], "there is no place for words"),
+    ([*TRANSFORMER, "--model.settings.vocab_size", "3"], "it must be left out: the tokenizer says how many tokens there are"),
+    ([*TRANSFORMER, "--model.settings.n_layer", "-1"], "model.settings.n_layer is -1; it must be 0 or more"),
     (["--model.hidden_size", "0"], "model.hidden_size is 0; it must be greater than 0"),
     (["--model.dropout", "1.5"], "model.dropout is 1.5; it must be at least 0 and less than 1"),
     (["--model.kind", "rnn"], "model.kind"),
@@ -94,6 +114,8 @@ def test_a_mistake_is_refused_in_one_line_before_any_work(
         ("model: [1\n", "c.yaml is not valid YAML"),
         ("memory:\n", "c.yaml: memory holds no values; leave it out, or give some by name"),
         ("- 1\n", "c.yaml holds no sections; see configs/ for examples"),
+        ("", "c.yaml holds no sections; see configs/ for examples"),
+        ("memory: {size: 3, size: 4}\n", "c.yaml is not valid YAML: size stands there twice"),
         ("model:\n  layers: many\n", "model.layers"),
         ("model: !!python/object/apply:os.system ['touch executed']\n", "c.yaml is not valid YAML"),
     ],
@@ -117,6 +139,13 @@ def damage_corpus(folder: Path, damage: str) -> None:
         (folder / "valid.txt").unlink()
     elif damage == "not UTF-8":
         (folder / "train.txt").write_bytes("Füße\n".encode("latin1"))
+    elif damage == "UTF-16":
+        (folder / "train.txt").write_bytes("words\n".encode("utf-16"))
+    elif damage == "no text":
+        (folder / "train.txt").write_bytes(b"PK\x03\x04\x00\xff\xff")
+    elif damage == "pipe":
+        (folder / "train.txt").unlink()
+        os.mkfifo(folder / "train.txt")
     elif damage == "too short":
         (folder / "train.txt").write_text("a b c\n")
 
@@ -127,6 +156,9 @@ def damage_corpus(folder: Path, damage: str) -> None:
         ("empty file", "train.txt is empty; there is nothing to read"),
         ("missing split", "has no valid.txt; a corpus folder holds train.txt, valid.txt and test.txt"),
         ("not UTF-8", "train.txt is not UTF-8: byte 0xfc at offset 1; convert it first"),
+        ("UTF-16", "is not UTF-8: byte 0xff at offset 0; it begins as UTF-16 does; convert it with iconv -f utf-16 -t utf-8"),
+        ("no text", "is not UTF-8: byte 0xff at offset 5; it holds zero bytes, as no text does"),
+        ("pipe", "has no train.txt; a corpus folder holds"),
         ("too short", "the text has 4 tokens, but training.batch_size 4 and training.sequence_length 10 need at least 51"),
     ],
 )
@@ -153,13 +185,29 @@ def test_bad_text_is_refused_in_one_line_and_leaves_no_files(
         (["--checkpoint", "TRAINED", "--tokenizer.min_count", "3"], 4, "another tokenizer: tokenizer.min_count is 1 there"),
         (["--checkpoint", "TRAINED", "--data.corpus", "builtin"], 4, "was trained on another text"),
         (["--checkpoint", "TRAINED", "--evaluation.text", "nowhere.txt"], 3, "nowhere.txt does not exist"),
+        (["--checkpoint", "TRAINED/log.jsonl"], 4, "log.jsonl holds no checkpoint; give a run folder"),
+        (["--checkpoint", "n" * 300], 4, "cannot be read: File name too long"),
+        (["--checkpoint", "TRAINED", "--evaluation.text", "PIPE"], 3, "PIPE cannot be read: it is no regular file"),
+        (["--checkpoint", "TRAINED", "--evaluation.text", "/proc/self/mem"], 3, "self/mem cannot be read: Input/output error"),
+        (["--checkpoint", "TRAINED", "--evaluation.text", "EMPTY"], 3, "EMPTY holds no files; give a text file"),
+        (["--checkpoint", "TRAINED", "--verify", "0"], 2, "--verify is 0; it must be from 1 to 1,000"),
+        (["--checkpoint", "TRAINED", "--verify", "100000000000"], 2, "it must be from 1 to 1,000"),
+        (["--checkpoint", "TRAINED", "--experts", "base", "--tune"], 2, "--tune has nothing to tune"),
+        (["--checkpoint", "TRAINED", "--experts", "base", "--memory.datastores", "[training]"], 2, "are searched by none of"),
+        (["--checkpoint", "TRAINED", "--experts", "base", "--evaluation.experts", "[base]"], 2, "say the same; give"),
+        (["--checkpoint", "TRAINED", "--memory.gpus", "shard"], 7, "memory.gpus is shard, but FAISS sees no GPU here"),
+        (["--checkpoint", "TRAINED", "--memory.index", "cagra"], 7, "index cagra needs a GPU"),
+        (["--resume"], 2, "option --resume does not exist for evaluate.py; train.py has it"),
         (["--checkpoint", "TRAINED", "--adaptation.alpha", "-1"], 2, "adaptation.alpha is -1.0; it must be 0 or more"),
     ],
 )  # fmt: skip
 def test_an_evaluation_that_cannot_be_is_refused_in_one_line(
     options: Options, trained_run: Path, tmp_path: Path, arguments: list[str], code: int, message: str,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("PIPE")
+    Path("EMPTY").mkdir()
     arguments = [argument.replace("TRAINED", str(trained_run)) for argument in arguments]
     assert commands.evaluate(options(tmp_path / "run", *arguments)) == code
     error = capsys.readouterr().err
@@ -174,6 +222,10 @@ def test_a_run_folder_that_is_a_file_is_refused(
     (tmp_path / "file").write_text("")
     assert commands.evaluate(options(tmp_path / "file", "--checkpoint", str(trained_run))) == 6
     assert "cannot be written" in capsys.readouterr().err
+    assert commands.train(options(tmp_path / "file")) == 6
+    assert "file is a file; name a folder" in capsys.readouterr().err
+    assert commands.train(options(tmp_path / ("n" * 300))) == 6
+    assert "cannot be written: File name too long; name another folder" in capsys.readouterr().err
 
 
 def test_the_top_level_scripts_are_thin_and_start(tmp_path: Path) -> None:

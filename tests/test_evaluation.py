@@ -146,6 +146,41 @@ def test_a_vocabulary_smaller_than_the_likely_words(options: Options, tmp_path: 
     assert evaluate(options, tmp_path, tmp_path, *few)["experts"]["mbpa"]["tokens"] == 551
 
 
+def test_an_expert_that_diverged_is_named_when_all_is_written(
+    options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = options(tmp_path, "--checkpoint", str(trained_run), "--experts", "base,mbpa,persistent")
+    large = ("--adaptation.alpha", "1e9", "--persistent.rate", "1e9")
+    assert commands.evaluate([*arguments, *large]) == 5
+    output = capsys.readouterr()
+    guess = f"worse than a guess among {len(words_of(trained_run)):,} words"
+    assert output.err == f"error: mbpa, persistent diverged: {guess}; make adaptation.alpha or persistent.rate smaller\n"
+    assert "times" in output.out
+    found = json.loads((tmp_path / "metrics.json").read_text())["experts"]
+    assert found["gate"]["perplexity"] < 2 * found["base"]["perplexity"] < found["mbpa"]["perplexity"]
+    assert commands.evaluate([*arguments, *large, "--evaluation.on_error", "base"]) == 0
+    assert "diverged: " in capsys.readouterr().out
+    assert commands.evaluate(arguments) == 0
+    assert "diverged: " not in capsys.readouterr().out
+
+
+def words_of(run: Path) -> list[str]:
+    (words, *_) = run.glob("checkpoints/*/tokenizer/vocabulary.json")
+    return list(json.loads(words.read_text()))
+
+
+def test_a_text_that_the_vocabulary_does_not_know_is_pointed_out(
+    options: Options, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text, said in (("one two three four", True), ("word1 word2 word3 word1", False)):
+        (tmp_path / "new.txt").write_text(text)
+        more = ("--checkpoint", str(trained_run), "--experts", "base", "--evaluation.text", str(tmp_path / "new.txt"))
+        assert commands.evaluate(options(tmp_path / "run", *more)) == 0
+        stream = json.loads((tmp_path / "run" / "metrics.json").read_text())["stream"]
+        assert stream["unknown_share"] == (0.8 if said else 0.0)  # of the words and the line's end
+        assert ("80.0% of new.txt test are words that the vocabulary does not know" in capsys.readouterr().out) == said
+
+
 def test_only_so_many_tokens_are_scored(options: Options, trained_run: Path, tmp_path: Path) -> None:
     assert evaluate(options, trained_run, tmp_path, "--evaluation.max_tokens", "50")["stream"]["scored"] == 50
 

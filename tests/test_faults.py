@@ -208,6 +208,32 @@ def test_a_chunk_that_memory_is_too_short_for_is_halved(
         np.testing.assert_allclose(short[name], enough[name], atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device on this machine")
+def test_a_gpu_that_is_too_small_for_a_chunk_is_given_halves(
+    options: Options, trained_run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long.txt").write_text((corpus / "train.txt").read_text() * 25)
+    arguments = ["--checkpoint", str(trained_run), "--experts", "base,mbpa,cache", "--evaluation.chunk_length", "100000"]
+    arguments += ["--evaluation.text", str(tmp_path / "long.txt"), "--run.device", "cuda"]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    assert commands.evaluate(options(tmp_path / "enough", *arguments)) == 0
+    assert "out of memory" not in capsys.readouterr().out
+    peak = torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.6 * peak / torch.cuda.mem_get_info()[1])
+    try:
+        assert commands.evaluate(options(tmp_path / "short", *arguments)) == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    said = capsys.readouterr().out
+    print(said)  # the halvings, for whoever runs it with -s
+    assert "out of memory for" in said
+    enough, short = (load_file(tmp_path / run / "losses.safetensors") for run in ("enough", "short"))
+    for name in enough:
+        np.testing.assert_allclose(short[name], enough[name], atol=1e-3)
+
+
 def test_where_one_position_is_too_much_it_is_said_in_one_line(
     options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,7 +243,8 @@ def test_where_one_position_is_too_much_it_is_said_in_one_line(
     monkeypatch.setattr(LSTMLanguageModel, "forward", never)
     assert commands.evaluate(options(tmp_path, "--checkpoint", str(trained_run), "--experts", "base")) == 10
     message = (
-        "error: out of memory (no room for an LSTM); make training.batch_size, evaluation.chunk_length or memory.size smaller"
+        "error: out of memory (no room for an LSTM); make evaluation.chunk_length, memory.size, memory.neighbours or "
+        "adaptation.steps smaller"
     )
     assert message in capsys.readouterr().err
 

@@ -158,7 +158,7 @@ def test_a_memory_that_has_read_the_text_is_named(
 
 MISTAKES = [
     (["buld"], "mbpa-memory buld does not exist; did you mean build?"),
-    (["info"], "the following arguments are required: folder; mbpa-memory info --help says what it takes"),
+    (["info"], "the following arguments are required: folder; --help lists the options"),
     (["info", "/nowhere"], "/nowhere holds no memory; make one with mbpa-memory build --output /nowhere"),
     (["build"], "--checkpoint is missing; mbpa-memory build --help says what it is"),
     (["build", "--checkpoint", "x", "--output", "y", "--memry.size", "3"], "did you mean memory.size?"),

@@ -5,6 +5,7 @@ from typing import Literal
 
 from mbpa_lm.config.checks import require, require_at_most, require_not_negative, require_positive, require_probability
 
+MOST_NEIGHBOURS = 100_000
 MOST_STEPS = 10_000
 """Gradient steps for a prediction; beyond them is a slip of the finger, which would take all the memory there is."""
 
@@ -40,6 +41,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         require_positive("memory", self, "size", "neighbours", "likely_words")
+        require_at_most(MOST_NEIGHBOURS, "memory", self, "neighbours")
         require_not_negative("memory", self, "resident_gib", "surprise")
         if self.write == "reservoir":
             require("memory.eviction", self.eviction, self.eviction == "oldest", "left out with memory.write reservoir")
@@ -201,6 +203,7 @@ class KnnConfig:
 
     def __post_init__(self) -> None:
         require_positive("knn", self, "neighbours", "temperature")
+        require_at_most(MOST_NEIGHBOURS, "knn", self, "neighbours")
         require_not_negative("knn", self, "entries")
         require("knn.weight", self.weight, 0 < self.weight < 1, "between 0 and 1")
 

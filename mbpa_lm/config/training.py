@@ -26,8 +26,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require("run.folder", self.folder, bool(self.folder.strip()), "the path of a folder")
-        require_not_negative("run", self, "threads", "seed")
         require_at_most(MOST_THREADS, "run", self, "threads")
+        require_not_negative("run", self, "threads", "seed")
 
 
 @dataclass(frozen=True)

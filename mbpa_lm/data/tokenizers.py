@@ -6,6 +6,7 @@ and tokenizers can be compared. All are saved as files that execute nothing.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,7 +142,7 @@ class SentencePieceTokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise DataError(f"SentencePiece cannot make {size} tokens of this text: {reason(error)}") from None
+            raise DataError(f"SentencePiece cannot make {size} tokens of this text: {_bound(str(error))}") from None
         return cls(model.getvalue())
 
     def encode(self, text: str) -> Encoded:
@@ -278,6 +279,15 @@ _SPACES[[code for code in range(0x3001) if chr(code).isspace()]] = True
 def _space_and_newline(text: str) -> tuple[np.ndarray, np.ndarray]:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     return _SPACES[np.minimum(codes, len(_SPACES) - 1)], codes == ord("\n")
+
+
+def _bound(message: str) -> str:
+    """Return what SentencePiece says of a size that does not fit, without the places in its source."""
+    for pattern, bound in ((r"value <= (\d+)", "at most"), (r"required_chars\. \d+ vs (\d+)", "at least")):
+        found = re.search(pattern, message)
+        if found:
+            return f"tokenizer.vocabulary_size must be {bound} {found[1]}"
+    return reason(RuntimeError(message))
 
 
 def _hash(kind: str, content: bytes) -> str:

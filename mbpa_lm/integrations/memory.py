@@ -12,7 +12,7 @@ import hashlib
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -63,7 +63,9 @@ class Memory:
         """
         if rows not in get_args(Rows):
             raise ConfigError(f"rows is {rows!r}, but must be one of {', '.join(get_args(Rows))}")
-        _check_parts(model, tokenizer)
+        check_parts(model, tokenizer)
+        if "generate" in vars(model):
+            raise ModelError(f"this {type(model).__name__} is adapted now; make its memory before the with block")
         self.rows = rows
         self.tokenizer = tokenizer
         self._settings = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
@@ -130,9 +132,7 @@ class Memory:
         tokenizer's ids. Raises ConfigError where there is text and no tokenizer, or ids that the model does not know,
         DatastoreError where they cannot be written.
         """
-        if isinstance(documents, str):
-            raise ConfigError("add_documents takes a list of documents: put the text into one, add_documents([text])")
-        ids = [each for each in map(self._ids, documents) if len(each)]
+        ids = [each for each in map(self._ids, listed(documents, "add_documents")) if len(each)]
         tokens = np.concatenate([*ids, np.zeros(0, dtype=np.int64)])
         if max(map(len, ids), default=0) < 2:
             return
@@ -159,8 +159,11 @@ class Memory:
         if place not in self._streams:
             weight = self.language_model.output_layer().weight
             shape = (self.config.size, self.language_model.hidden_size, self.config.likely_words)
-            with torch.inference_mode(False):  # it may outlive the inference mode of the call that makes it
-                self._streams[place] = WindowMemory(*shape, weight.dtype, weight.device)
+            try:
+                with torch.inference_mode(False):  # it may outlive the inference mode of the call that makes it
+                    self._streams[place] = WindowMemory(*shape, weight.dtype, weight.device)
+            except (RuntimeError, MemoryError) as error:
+                raise ConfigError(f"there is no room for size={shape[0]:,} entries ({reason(error)}); take fewer") from None
         return self._streams[place]
 
     def searched(self, row: int) -> CompositeMemory | WindowMemory:
@@ -183,6 +186,8 @@ class Memory:
 
         Raises DatastoreError where it cannot be written; nothing is there then.
         """
+        if not isinstance(folder, str | Path) or not str(folder).strip():
+            raise DatastoreError(f"a memory is saved into a folder, and {folder!r} names none")
         path = Path(folder)
         layout = Layout(self.language_model.hidden_size, self.config.likely_words, self.config.key_type)
         settings = {"settings": self._settings, "rows": self.rows, "mean_squared_norm": self._measured_norm()}
@@ -244,14 +249,17 @@ class Memory:
     def _ids(self, document: str | Sequence[int]) -> np.ndarray:
         if not isinstance(document, str):
             try:
-                given = np.asarray(document, dtype=np.int64)
-            except (TypeError, ValueError):
-                given = np.zeros((), dtype=np.int64)
-            if given.ndim != 1:
-                raise ConfigError(f"a document is a {type(document).__name__}, but must be text, or a list of token ids")
-            return given
+                given = np.asarray(document)
+            except (TypeError, ValueError, OverflowError):
+                given = np.zeros(())
+            if given.ndim != 1 or (len(given) and given.dtype.kind not in "iu"):
+                raise ConfigError(
+                    f"a document is a {type(document).__name__}, but must be text, or a list of token ids (whole numbers)"
+                )
+            return given.astype(np.int64)
         if self.tokenizer is None:
             raise ConfigError("documents are given as text, but the memory has no tokenizer: Memory(model, tokenizer)")
+        check_text(document)
         found = list(self.tokenizer(document).input_ids)
         end = self.tokenizer.eos_token_id
         if found and end is not None and found[-1] != end:
@@ -267,15 +275,32 @@ class Memory:
         return self._norm
 
 
-def _check_parts(model: Any, tokenizer: Any | None) -> None:
+def listed(texts: Any, function: str) -> list[Any]:
+    """Return texts as a list; raises ConfigError for a single one, or for what is no list."""
+    if isinstance(texts, str):
+        raise ConfigError(f"{function} takes a list of texts: put the text into one, {function}([text])")
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+        raise ConfigError(f"{function} takes a list of texts, and this is a {type(texts).__name__}")
+    return list(texts)
+
+
+def check_text(text: object) -> None:
+    """Raise ConfigError for what is no text, or holds halves of characters, which no tokenizer takes."""
+    if not isinstance(text, str):
+        raise ConfigError(f"a text is a {type(text).__name__}; give it as str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"a text holds half a character (a lone surrogate) at {error.start}; read it as UTF-8") from None
+
+
+def check_parts(model: Any, tokenizer: Any | None) -> None:
     """Raise ModelError or ConfigError for what is no model of transformers, or no tokenizer."""
     if not (hasattr(model, "get_output_embeddings") and hasattr(model, "config")):
         raise ModelError(
             f"a memory is made for a causal language model of transformers, and this is a {type(model).__name__}; load one "
             f"with AutoModelForCausalLM.from_pretrained(...)"
         )
-    if "generate" in vars(model):
-        raise ModelError(f"this {type(model).__name__} is adapted now; make its memory before the with block")
     if tokenizer is not None and not hasattr(tokenizer, "is_fast"):
         raise ConfigError(f"the tokenizer is a {type(tokenizer).__name__}; load one with AutoTokenizer.from_pretrained(...)")
 

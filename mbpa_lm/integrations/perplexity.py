@@ -19,7 +19,7 @@ import torch
 from mbpa_lm.errors import ConfigError
 from mbpa_lm.integrations.adapting import adapt
 from mbpa_lm.integrations.generation import Write
-from mbpa_lm.integrations.memory import Memory
+from mbpa_lm.integrations.memory import Memory, check_parts, check_text, listed
 from mbpa_lm.models.head import positions_of
 
 LONGEST_WINDOW = 2048
@@ -81,14 +81,18 @@ def perplexity(
     the tokenizer's own first token, and all are scored; memory, which is adapted to, and remembers what `write` says; what is
     read again as context is remembered once. Raises ConfigError for an impossible window.
     """
-    if isinstance(texts, str):
-        raise ConfigError("perplexity takes a list of texts: put the text into one, perplexity(model, tokenizer, [text])")
+    check_parts(model, tokenizer)
+    if tokenizer is None:
+        raise ConfigError("perplexity needs the model's tokenizer: perplexity(model, tokenizer, texts)")
+    texts = listed(texts, "perplexity")
+    for text in texts:
+        check_text(text)
     longest = positions_of(model) or LONGEST_WINDOW
     size = longest if window is None else window
-    if not 2 <= size <= longest or (stride is not None and not 1 <= stride <= size):
-        raise ConfigError(
-            f"window {size} and stride {stride}: the model has {longest} positions, and a stride is at most a window"
-        )
+    if not isinstance(size, int) or not 2 <= size <= longest:
+        raise ConfigError(f"window is {size!r}; it must be a whole number from 2 to {longest:,}, the positions of the model")
+    if stride is not None and (not isinstance(stride, int) or not 1 <= stride <= size):
+        raise ConfigError(f"stride is {stride!r}; it must be a whole number from 1 to {size:,}, the window")
     nats, tokens = 0.0, 0
     with nullcontext() if memory is None else adapt(model, memory, write) as adapted:
         for text in texts:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.markup import escape
@@ -41,7 +42,9 @@ def build_memory(config: Config, checkpoint_path: Path | None, folder: Path, tex
         Datastore.create(folder, identity_of(checkpoint), layout).close()
     with _open_to_write(config, checkpoint, folder) as store:
         if store.manifest.layout != layout:
-            raise DatastoreError(f"{folder} was begun with other settings ({store.manifest.layout}); name another folder")
+            found, wanted = asdict(store.manifest.layout), asdict(layout)
+            name = next(name for name in found if found[name] != wanted[name])
+            raise DatastoreError(f"{folder} was begun with {name} {found[name]}, not {wanted[name]}; name another folder")
         if any(source.fingerprint != text.fingerprint for source in store.manifest.sources):
             raise DatastoreError(f"{folder} holds {store.manifest.sources[0].name} already; use mbpa-memory add for more text")
         build(store, checkpoint.model, text, config.memory)

@@ -40,6 +40,8 @@ from mbpa_lm.system.progress import console, token_progress
 
 NEIGHBOURS_SHARE = 128
 """Where memory is limited, one part in so many is for the keys of a chunk's neighbours, of which there are several copies."""
+NEIGHBOURS_BYTES = 1 << 29
+"""For the same keys, where it is not."""
 
 
 def make_memory(config: Config, checkpoint: Checkpoint, metric: Tensor | None, closing: ExitStack) -> Memory:
@@ -59,13 +61,13 @@ def make_memory(config: Config, checkpoint: Checkpoint, metric: Tensor | None, c
 
 
 def chunk_length(config: Config, experts: Sequence[Expert], hidden_size: int) -> int:
-    """Return how many tokens are processed at once: where memory is limited, so few that their neighbours fit in."""
+    """Return how many tokens are processed at once: so few that the keys of their neighbours fit in."""
     limit, neighbours = limit_of(config.memory), max(expert.neighbours for expert in experts)
     wanted = config.evaluation.chunk_length
-    if not limit or not neighbours:
+    if not neighbours:
         return wanted
-    bytes_of_keys = 4 * hidden_size * neighbours
-    return max(1, min(wanted, limit // NEIGHBOURS_SHARE // bytes_of_keys))
+    room = limit // NEIGHBOURS_SHARE if limit else NEIGHBOURS_BYTES
+    return max(1, min(wanted, room // (4 * hidden_size * neighbours)))
 
 
 def _remote_memory(

@@ -169,7 +169,8 @@ class TrainingRun:
         together = f", {count} processes together" if count > 1 else ""
         console.print(
             f"training {self.parameters / 1e6:.1f}M parameters on {len(self.batches.tokens):,} tokens, {training.epochs} "
-            f"epochs of {self.batches.steps} steps, {position.precision}, on {self.processes.device}{together}"
+            f"epochs of {self.batches.steps} steps, {position.precision}, on {self.processes.device}{together}\n"
+            f"*: the best validation perplexity so far{'; ~: estimated from the words sampled' if self.about else ''}"
         )
         while position.step < self.steps and not self._has_stalled():
             epoch = position.step // self.batches.steps
@@ -178,7 +179,7 @@ class TrainingRun:
             log.write(record)
             gained = position.epochs_without_gain == 0
             console.print(
-                f"epoch {epoch + 1:3d}  train perplexity {self.about}{record['train/perplexity']:.2f}  valid "
+                f"epoch {epoch + 1:3d}  train perplexity {self.about + format(record['train/perplexity'], '.2f'):>8}  valid "
                 f"{record['valid/perplexity']:8.2f}{' *' if gained else '  '}  {record['train/tokens_per_second']:,.0f} "
                 f"tokens/s  {position.seconds / 60:.1f} min"
             )

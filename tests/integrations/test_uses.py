@@ -189,10 +189,35 @@ def test_settings_that_no_parser_has_seen_are_checked(settings: dict[str, Any], 
 def test_misuse_is_named(models: Path, tokenizer: Any) -> None:
     model = load("llama", models)
     memory = mbpa_lm.Memory(model, tokenizer)
-    with pytest.raises(ConfigError, match=r"takes a list of documents: .* add_documents\(\[text\]\)"):
+    with pytest.raises(ConfigError, match=r"takes a list of texts: .* add_documents\(\[text\]\)"):
         memory.add_documents("w5 w6 w7")
-    with pytest.raises(ConfigError, match="a document is a NoneType, but must be text, or a list of token ids"):
-        memory.add_documents([None])  # type: ignore[list-item]
+    documents: list[tuple[Any, str]] = [
+        ([None], "a document is a NoneType, but must be text, or a list of token ids"),
+        (None, "add_documents takes a list of texts, and this is a NoneType"),
+        ({"a": "w5 w6"}, "add_documents takes a list of texts, and this is a dict"),
+        ([[1, 2**70]], "a document is a list, but must be text, or a list of token ids"),
+        ([[1.5, 2.5]], "a document is a list, but must be text, or a list of token ids"),
+        (["w5 \ud800"], "a text holds half a character"),
+    ]
+    for given, message in documents:
+        with pytest.raises(ConfigError, match=message):
+            memory.add_documents(given)
+    assert len(memory) == 0
+    with pytest.raises(DatastoreError, match="a memory is saved into a folder, and None names none"):
+        memory.save(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"there is no room for size=1,000,000,000,000 entries"):
+        mbpa_lm.Memory(model, tokenizer, size=10**12).window(0)
+    windows: list[tuple[dict[str, Any], str]] = [
+        ({"window": 1}, "window is 1; it must be a whole number from 2"),
+        ({"stride": 0}, "stride is 0; it must be a whole number from 1"),
+    ]
+    for wrong, message in windows:
+        with pytest.raises(ConfigError, match=message):
+            mbpa_lm.perplexity(model, tokenizer, ["w5 w6 w7"], **wrong)
+    with pytest.raises(ConfigError, match="a text is a int; give it as str"):
+        mbpa_lm.perplexity(model, tokenizer, [5])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="perplexity needs the model's tokenizer"):
+        mbpa_lm.perplexity(model, None, ["w5 w6 w7"])
     with pytest.raises(ConfigError, match="perplexity takes a list of texts"):
         mbpa_lm.perplexity(model, tokenizer, "w5 w6 w7")
     with pytest.raises(ConfigError, match="hold no token that could be scored"):

@@ -21,7 +21,7 @@ from mbpa_lm.memory.datastore.index import read_index
 from mbpa_lm.memory.datastore.manifest import Identity, Layout
 from mbpa_lm.memory.datastore.plausible import check_plausible
 from mbpa_lm.memory.datastore.store import LOCK, Datastore
-from mbpa_lm.system.durable import take_lock
+from mbpa_lm.system.durable import sealed, take_lock
 from tests.memory.stores import IDENTITY, LIKELY, D, all_entries, assert_finds_the_nearest, entries_from, make, queries
 
 COLUMN_FILES = ["keys", "values", "log_partitions", "documents", "likely_words", "likely_probabilities"]
@@ -149,7 +149,7 @@ def test_a_stranger_s_manifest_is_checked_before_anything_is_made_of_it(tmp_path
     del values["checksum"]
     for name, value in change.items():
         values[name] = {**values[name], **value} if name == "index" else value
-    path.write_text(json.dumps({**values, "checksum": manifest._checksum(values)}))
+    path.write_text(json.dumps(sealed(values)))
     with pytest.raises(DatastoreError, match=r"manifest.json is damaged") as error:
         Datastore.open(tmp_path / "m")
     assert "\n" not in str(error.value)

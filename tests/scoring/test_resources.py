@@ -12,7 +12,8 @@ from mbpa_lm.scoring.resources import chunk_length
 @pytest.mark.parametrize(
     ("resident_gib", "neighbours", "wanted", "expected"),
     [
-        (0.0, 256, 256, 256),  # no limit
+        (0.0, 256, 256, 256),  # no limit, and room enough
+        (0.0, 5000, 256, (1 << 29) // (4 * 400 * 5000)),
         (1.0, 256, 256, (1 << 23) // (4 * 400 * 256)),  # a 128th of a GiB holds the keys of 20 positions
         (1.0, 256, 10, 10),  # fewer were asked for
         (1.0, 0, 256, 256),  # nobody searches

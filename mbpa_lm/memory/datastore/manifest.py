@@ -90,7 +90,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("it is a link")
         values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise DatastoreError(f"{folder} holds no memory; make one with mbpa-memory build --output {folder}") from None
+        if folder.exists():
+            advice = f"put its {FILE} back, if it was one, or name the folder that mbpa-memory build wrote"
+        else:
+            advice = f"make one with mbpa-memory build --output {folder}"
+        raise DatastoreError(f"{folder} holds no memory; {advice}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DatastoreError(f"{path} cannot be read ({reason(error)}); put it back, or build the memory again") from None
     try:

@@ -93,7 +93,9 @@ class Datastore:
                 files.remove()  # what a creation that was interrupted has left
                 (folder / f".{FILE}.saving").unlink(missing_ok=True)
             if {path.name for path in folder.iterdir()} - {LOCK, UNCHANGED_FILE}:
-                raise DatastoreError(f"{folder} is not empty; name another folder, or add to the memory with mbpa-memory add")
+                is_memory = (folder / FILE).exists()
+                advice = "add to the memory with mbpa-memory add" if is_memory else f"put its {FILE} back, if it was a memory"
+                raise DatastoreError(f"{folder} is not empty; name another folder, or {advice}")
             manifest = Manifest(identity, layout)
             files.create()
             write_manifest(folder, manifest)
