@@ -35,7 +35,7 @@ def _train(arguments: Sequence[str]) -> None:
     parser.add_argument("--resume", nargs="?", const="auto", choices=["auto"], help=resume)
     config, options = parse(parser, arguments)
     prepare_machine(config)
-    from mbpa_lm.reporting.metrics import perplexity
+    from mbpa_lm.numerics.perplexities import perplexity
     from mbpa_lm.system.progress import console
     from mbpa_lm.training import train
 
@@ -74,7 +74,10 @@ def _evaluate(arguments: Sequence[str]) -> None:
         raise ConfigError("--checkpoint is missing; name the run folder that train.py wrote, for example runs/demo")
     prepare_machine(config, keep_memory=not config.memory.resident_gib)
     from mbpa_lm.evaluation import evaluate
+    from mbpa_lm.system.machine import compute_repeatably
 
+    if verified:
+        compute_repeatably(config.run.device)
     path = Path(options["checkpoint"]) if options["checkpoint"] else None
     evaluate(config, path, options["tune"], verified)
 

@@ -1,7 +1,6 @@
 """Evaluation: a checkpoint and a held-out text in, metrics.json and a table out."""
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,36 +11,31 @@ from torch import Tensor
 
 from mbpa_lm.checkpoints.checkpoint import Checkpoint, check_same_settings, find_checkpoint, load_checkpoint
 from mbpa_lm.checkpoints.pretrained import pretrained_checkpoint
-from mbpa_lm.checkpoints.tuned import Tuned, being_tuned, load_tuned, save_tuned
+from mbpa_lm.checkpoints.tuned import being_tuned, load_tuned, save_tuned
 from mbpa_lm.config import Config, RemoteConfig
 from mbpa_lm.data.corpora import Corpus
 from mbpa_lm.data.streams import TokenStream, open_stream
 from mbpa_lm.data.text_files import WholeText
 from mbpa_lm.errors import AdaptationError, ConfigError, did_you_mean
-from mbpa_lm.experts.base import Expert
 from mbpa_lm.mixing.features import FEATURES
-from mbpa_lm.mixing.gate import GateRule, OnlineGate
+from mbpa_lm.mixing.gate import OnlineGate
 from mbpa_lm.remembering.datastores import knows
 from mbpa_lm.remembering.training_text import own_corpus
 from mbpa_lm.reporting.figures import write_figures
-from mbpa_lm.reporting.metrics import perplexity
 from mbpa_lm.reporting.remarks import of_diverged
 from mbpa_lm.reporting.report import print_tables, print_tuned, write_results
 from mbpa_lm.reporting.run_metrics import gate_metrics, log_metrics, run_metrics
 from mbpa_lm.reporting.tracking import RunLog
 from mbpa_lm.scoring.documents import Scored, score_documents
-from mbpa_lm.scoring.guard import Guard
-from mbpa_lm.scoring.mixed_scores import UNIFORM, mixed_scores
 from mbpa_lm.scoring.resources import (
-    chunk_length,
     fill_in_scales,
     make_experts,
     make_history,
     make_memory,
-    make_slow_weights,
 )
-from mbpa_lm.scoring.stream import StreamScores, score_stream
+from mbpa_lm.scoring.stream import score_stream
 from mbpa_lm.scoring.verification import positions_to_verify, verify
+from mbpa_lm.scoring.whole_pass import Pass, gate_rule
 from mbpa_lm.system.processes import Processes
 from mbpa_lm.system.progress import ProgressBar, console, token_progress
 from mbpa_lm.tuning.everything import tune
@@ -83,7 +77,7 @@ def evaluate(
         read_by = knows(config, fingerprint)
         for name in read_by:
             console.print(f"the memory in {name} has read {stream.name}: this is no held-out perplexity", markup=False)
-        one_pass = _Pass(config, checkpoint, tuned)
+        one_pass = Pass(config, checkpoint, tuned)
         with ProgressBar(f"scoring {stream.name}", sum(len(part) - 1 for part in streams) // processes.count) as progress:
             if config.evaluation.independent:
                 scored = score_documents(
@@ -114,75 +108,13 @@ def evaluate(
     return metrics
 
 
-class _Pass:
-    """Scores streams, each from the beginning: state, memory, experts and gate know nothing of another."""
-
-    def __init__(self, config: Config, checkpoint: Checkpoint, tuned: Tuned | None) -> None:
-        self.config, self.checkpoint, self.tuned = config, checkpoint, tuned
-        self.remembered_before = 0
-        self.chunk_length = config.evaluation.chunk_length
-        self.done = 0
-        self.totals: dict[str, float] = defaultdict(float)
-
-    def over(
-        self, stream: TokenStream, experts: Sequence[Expert], progress: ProgressBar, inspected: Collection[int] = ()
-    ) -> Scored:
-        """Score a stream with experts that have not seen another; look at their whole distributions at some positions."""
-        config, checkpoint, model = self.config, self.checkpoint, self.checkpoint.model
-        guard = Guard(config.evaluation.on_error == "base", inspected)
-        with ExitStack() as closing:
-            metric = None if self.tuned is None else self.tuned.metric_tensor()
-            memory = make_memory(config, checkpoint, metric, closing)
-            self.remembered_before = len(memory)
-            self.chunk_length = chunk_length(config, experts, model.hidden_size)
-            scores = score_stream(
-                model,
-                stream.tokens,
-                experts,
-                memory,
-                self.chunk_length,
-                make_slow_weights(config, checkpoint, experts),
-                make_history(experts, model),
-                self._show(progress),
-                guard,
-            )
-        details = {expert.name: expert.details() for expert in experts}
-        for name, count in guard.fallen_back.items():
-            details[name]["fell_back_share"] = count / (len(stream) - 1)
-            console.print(
-                f"{name} gave no probability at {count:,} positions of {stream.name}; the base model's took its place"
-            )
-        if len(experts) == 1:
-            return Scored(scores, details, None)
-        weights = _tuned_weights(self.tuned, [expert.name for expert in experts])
-        fixed, vocabulary_size = config.mixture.weights, model.vocabulary_size
-        mixed = mixed_scores(scores, experts, _gate_rule(config), vocabulary_size, config.run.seed, fixed, weights)
-        scores.losses |= mixed.losses
-        scores.seconds |= mixed.seconds
-        return Scored(scores, details, mixed)
-
-    def _show(self, progress: ProgressBar) -> Callable[[int, StreamScores], None]:
-        done = 0
-
-        def show(scored: int, scores: StreamScores) -> None:
-            nonlocal done
-            for name, losses in scores.losses.items():
-                self.totals[name] += float(losses[done:scored].sum(dtype=np.float64))
-            self.done += scored - done
-            done = scored
-            note = ", ".join(f"{name} {perplexity(total / self.done):.1f}" for name, total in self.totals.items())
-            progress.reach(self.done, note)
-
-        return show
-
-
-def _verify(one_pass: _Pass, streams: Sequence[TokenStream], scored: Scored, wanted: int, processes: Processes) -> list[int]:
+def _verify(one_pass: Pass, streams: Sequence[TokenStream], scored: Scored, wanted: int, processes: Processes) -> list[int]:
     """Score positions again, each process its share, and return which they were when all have found theirs the same."""
     config, checkpoint = one_pass.config, one_pass.checkpoint
 
     def score(part: TokenStream, position: int) -> Scored:
         with ProgressBar(f"verifying position {position:,}", len(part) - 1) as progress:
-            again = _Pass(config, checkpoint, one_pass.tuned)
+            again = Pass(config, checkpoint, one_pass.tuned)
             return again.over(part, make_experts(config, checkpoint), progress, [position])
 
     vocabulary_size, seed = checkpoint.model.vocabulary_size, config.run.seed
@@ -232,11 +164,7 @@ def _load_compiled_loops(config: Config, checkpoint: Checkpoint, stream: TokenSt
         make_history(experts, checkpoint.model),
     )
     score_stream(checkpoint.model, stream.tokens[:4], experts, *parts)
-    OnlineGate(2, len(FEATURES), _gate_rule(config)).score(np.zeros((1, 2)), np.zeros((1, len(FEATURES))))
-
-
-def _gate_rule(config: Config) -> GateRule:
-    return GateRule(tuple(config.gate.rates), config.gate.shared)
+    OnlineGate(2, len(FEATURES), gate_rule(config)).score(np.zeros((1, 2)), np.zeros((1, len(FEATURES))))
 
 
 def _tune(config: Config, checkpoint: Checkpoint) -> None:
@@ -252,11 +180,6 @@ def _check_names(config: Config, experts: Sequence[str]) -> None:
     for name in config.mixture.weights:
         if name not in experts:
             raise ConfigError(f"mixture.weights names {name!r}, which is not run; {did_you_mean(name, experts)}")
-
-
-def _tuned_weights(tuned: Tuned | None, experts: Sequence[str]) -> dict[str, float] | None:
-    """Return the weights that were tuned for just these experts, None where there are none."""
-    return tuned.weights if tuned is not None and set(tuned.weights) == {*experts, UNIFORM} else None
 
 
 def _open_stream(config: Config, checkpoint: Checkpoint) -> tuple[TokenStream, str]:

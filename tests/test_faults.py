@@ -29,7 +29,9 @@ from mbpa_lm import commands, evaluation, memory_commands
 from mbpa_lm.checkpoints.checkpoint import find_checkpoint, has_checkpoint
 from mbpa_lm.checkpoints.tuned import being_tuned
 from mbpa_lm.experts.cache import CacheExpert
+from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.datastore.store import Datastore
+from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.lstm import LSTMLanguageModel
 from mbpa_lm.reporting import tracking
 from mbpa_lm.system.durable import lock_open_file, take_lock
@@ -208,6 +210,32 @@ def test_a_chunk_that_memory_is_too_short_for_is_halved(
         np.testing.assert_allclose(short[name], enough[name], atol=1e-5)
 
 
+def test_a_pass_that_memory_is_too_short_for_begins_again_with_shorter_chunks(
+    options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = "base,mbpa,persistent,mbpa+persistent,cache,dynamic"
+    arguments = ["--checkpoint", str(trained_run), "--experts", every, "--evaluation.max_tokens", "200"]
+    arguments += ["--evaluation.chunk_length", "200"]
+    assert commands.evaluate(options(tmp_path / "enough", *arguments, "--evaluation.chunk_length", "50")) == 0
+    write = WindowMemory.read_and_write
+
+    def short_of_memory(self: WindowMemory, entries: Entries, *more: object) -> object:
+        if len(entries.values) > 50 or (len(entries.values) == 50 and len(self) == 100):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return write(self, entries, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WindowMemory, "read_and_write", short_of_memory)
+    capsys.readouterr()
+    assert commands.evaluate(options(tmp_path / "short", *arguments, "--verify", "2")) == 0
+    said = capsys.readouterr().out
+    for before, after in ((200, 100), (100, 50), (50, 25)):
+        assert f"out of memory on {before} positions at once: beginning again with {after}" in said
+    enough, short = (load_file(tmp_path / run / "losses.safetensors") for run in ("enough", "short"))
+    assert set(short) == set(enough)
+    for name in short:
+        np.testing.assert_allclose(short[name], enough[name], atol=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device on this machine")
 def test_a_gpu_that_is_too_small_for_a_chunk_is_given_halves(
     options: Options, trained_run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -257,10 +285,10 @@ def test_halves_are_done_once_each_and_in_order() -> None:
             raise MemoryError
         done.extend(range(part.start, part.stop))
 
-    in_halves(work, 17, "a test")
+    list(in_halves(work, 17, "a test"))
     assert done == list(range(17))
     with pytest.raises(RuntimeError, match="another"):
-        in_halves(lambda part: (_ for _ in ()).throw(RuntimeError("another")), 4, "a test")
+        list(in_halves(lambda part: (_ for _ in ()).throw(RuntimeError("another")), 4, "a test"))
 
 
 # --- the disk ---

@@ -23,7 +23,7 @@ from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.build import build_model
 from mbpa_lm.models.lstm import LSTMLanguageModel
-from mbpa_lm.reporting.metrics import perplexity
+from mbpa_lm.numerics.perplexities import perplexity
 from mbpa_lm.scoring.stream import score_stream
 
 COUNTS = {

@@ -17,6 +17,8 @@ LSTMState = tuple[Tensor, ...]
 """h and c of the first layer, h and c of the second, ...; each (1, B, units)."""
 
 INITIAL_RANGE = 0.1
+LONGEST = 1 << 15
+"""Tokens that a layer reads at once: cuDNN takes no sequences of more than twice as many."""
 
 
 class LSTMLanguageModel(nn.Module):
@@ -83,8 +85,12 @@ class LSTMLanguageModel(nn.Module):
         assert isinstance(layer, nn.LSTM)
         drop = self.config.weight_dropout
         if not self.training or drop == 0:
-            output, (h, c) = layer(hidden, state)
-            return output, (h, c)
+            outputs = []
+            for piece in hidden.split(LONGEST):
+                output, state = layer(piece, state)
+                outputs.append(output)
+            assert state is not None
+            return torch.cat(outputs) if len(outputs) > 1 else outputs[0], state
         weight_ih, weight_hh, bias_ih, bias_hh = layer.all_weights[0]
         weights = [weight_ih, nn.functional.dropout(weight_hh, drop), bias_ih, bias_hh]
         if state is None:

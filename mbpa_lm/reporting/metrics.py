@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mbpa_lm.data.streams import TokenStream
+from mbpa_lm.numerics.perplexities import perplexity
 
 FREQUENCY_BOUNDS = (0, 10, 100, 1_000, 10_000)
 """A target word seen at most so often in training, and more often than the bound before."""
@@ -95,11 +96,6 @@ def _group(losses: np.ndarray) -> dict[str, Any]:
         return {"tokens": 0, "nats_per_token": None, "perplexity": None}
     mean = float(losses.mean(dtype=np.float64))
     return {"tokens": len(losses), "nats_per_token": mean, "perplexity": perplexity(mean)}
-
-
-def perplexity(mean: float) -> float:
-    """Return exp of a mean loss in nats."""
-    return math.exp(min(mean, 700.0))  # beyond that a float overflows; such a model predicts nothing anyway
 
 
 def _by_bounds(losses: np.ndarray, numbers: np.ndarray, bounds: tuple[int, ...]) -> dict[str, dict[str, Any]]:

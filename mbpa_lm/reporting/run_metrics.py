@@ -15,7 +15,8 @@ import numpy as np
 from mbpa_lm.checkpoints.checkpoint import Checkpoint, training_record
 from mbpa_lm.config import Config
 from mbpa_lm.data.streams import TokenStream
-from mbpa_lm.reporting.metrics import SEGMENTS, Targets, perplexity, summarize
+from mbpa_lm.numerics.perplexities import perplexity
+from mbpa_lm.reporting.metrics import SEGMENTS, Targets, summarize
 from mbpa_lm.reporting.remarks import unknown_shares
 from mbpa_lm.reporting.tracking import RunLog
 from mbpa_lm.scoring.documents import Scored

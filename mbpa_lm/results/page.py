@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mbpa_lm.errors import DAMAGES, DataError
-from mbpa_lm.reporting.metrics import perplexity
+from mbpa_lm.numerics.perplexities import perplexity
 from mbpa_lm.reporting.report import METRICS_FILE
 from mbpa_lm.results.runs import Run, changed
 from mbpa_lm.scoring.mixed_scores import GATE

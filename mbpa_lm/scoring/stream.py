@@ -188,7 +188,8 @@ def _score(expert: Expert, chunk: Chunk, targets: torch.Tensor, scores: StreamSc
     if expert.learns:
         score(slice(0, len(targets)))
     else:
-        in_halves(score, len(targets), f"expert {expert.name}")
+        for _ in in_halves(score, len(targets), f"expert {expert.name}"):
+            pass
 
 
 def _own(expert: Expert, chunk: Chunk, targets: torch.Tensor, first: int, guard: Guard) -> torch.Tensor:

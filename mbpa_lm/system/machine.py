@@ -50,6 +50,18 @@ def return_freed_memory() -> None:
         mallopt(M_ARENA_MAX, 2)
 
 
+def compute_repeatably(device: str) -> None:
+    """Have CUDA add in a fixed order, which is slower, where `device` (auto, cpu or cuda) is or stands for one.
+
+    To be called before anything is computed there. What has no such order says so itself, in a warning.
+    """
+    if device == "cpu" or not torch.cuda.is_available():
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def bfloat16_is_faster(device: torch.device, size: int = 1024, repeats: int = 3) -> bool:
     """Measure whether matrix products are at least 1.5 times as fast in bfloat16 as in float32 here."""
     if device.type == "cuda":

@@ -1,6 +1,6 @@
 """Out of memory, on the host or the device: how it shows, and how work on a chunk goes on in halves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -13,6 +13,10 @@ HOST_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate 
 """What PyTorch's allocator on the host says."""
 
 
+class OnePositionTooLarge(MemoryError):
+    """There is not even the memory for a single position: nothing is left to be halved."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error is one of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -20,24 +24,34 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in HOST_MESSAGES)
 
 
-def in_halves(work: Callable[[slice], Result], positions: int, what: str) -> Sequence[Result]:
+def in_halves(work: Callable[[slice], Result], positions: int, what: str) -> Iterator[Result]:
     """Do some work on positions 0 to `positions`, all at once, or in halves, and halves of these, where memory does not do.
 
-    The work must change nothing before it has what it needs. Raises what it raises for a single position, and any other error.
+    Each part is worked on when its turn comes, so that what another gave need not be there any more. The work must change
+    nothing before it has what it needs. Raises OnePositionTooLarge, and any other error that the work raises.
     """
-    left, done = [slice(0, positions)], []
+    left = [slice(0, positions)]
     while left:
         part = left.pop()
         try:
-            done.append(work(part))
-            continue
+            result = work(part)
         except (MemoryError, RuntimeError) as error:
             count = part.stop - part.start
-            if count == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            if count == 1:
+                raise OnePositionTooLarge(str(error)) from None
+        else:
+            yield result
+            del result
+            continue
+        release_cuda_memory()
         console.print(f"out of memory for {what} on {count:,} positions at once: going on with {-(-count // 2):,}")
         middle = part.start + -(-count // 2)
         left += [slice(middle, part.stop), slice(part.start, middle)]
-    return done
+
+
+def release_cuda_memory() -> None:
+    """Give what PyTorch keeps of a CUDA device's memory, without using it, back to the device."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

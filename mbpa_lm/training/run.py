@@ -32,7 +32,7 @@ from mbpa_lm.data.tokenizers import Tokenizer, make_tokenizer
 from mbpa_lm.errors import DAMAGES, CheckpointError, ConfigError, RunFolderError, Terminated, reason
 from mbpa_lm.models.base import State
 from mbpa_lm.models.build import Model, blocks_of, build_model, check_model
-from mbpa_lm.reporting.metrics import perplexity
+from mbpa_lm.numerics.perplexities import perplexity
 from mbpa_lm.reporting.tracking import RunLog, check_free
 from mbpa_lm.system.processes import Processes
 from mbpa_lm.system.progress import ProgressBar, console, token_progress

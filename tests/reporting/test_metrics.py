@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mbpa_lm.data.streams import TokenStream
-from mbpa_lm.reporting.metrics import Targets, perplexity, summarize
+from mbpa_lm.numerics.perplexities import perplexity
+from mbpa_lm.reporting.metrics import Targets, summarize
 
 
 def make_stream() -> TokenStream:
