@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -34,7 +34,7 @@ from mbpa_lm.scoring.resources import (
     make_memory,
 )
 from mbpa_lm.scoring.stream import score_stream
-from mbpa_lm.scoring.verification import positions_to_verify, verify
+from mbpa_lm.scoring.verification import ON_CUDA, positions_to_verify, verify
 from mbpa_lm.scoring.whole_pass import Pass, gate_rule
 from mbpa_lm.system.processes import Processes
 from mbpa_lm.system.progress import ProgressBar, console, token_progress
@@ -85,8 +85,10 @@ def evaluate(
                 )
             else:
                 scored = one_pass.over(stream, experts, progress)
-        verified = _verify(one_pass, streams, scored, verified_positions, processes) if verified_positions else []
-        metrics = run_metrics(config, checkpoint, stream, streams, scored) | {"verified_positions": verified}
+        verified = _verify(one_pass, streams, scored, verified_positions, processes) if verified_positions else None
+        metrics = run_metrics(config, checkpoint, stream, streams, scored) | {
+            "verified_positions": verified.positions if verified else []
+        }
         metrics |= {"remembered_before": one_pass.remembered_before, "read_before_by": read_by}
         metrics |= {"independent_documents": len(streams) if config.evaluation.independent else 0, "processes": processes.count}
         if scored.mixed is not None:
@@ -98,7 +100,8 @@ def evaluate(
             log.show(write_figures(Path(config.run.folder), metrics))
             print_tables(metrics)
             if verified:
-                console.print(f"verified: the same to the bit without their future, and sums of one, at positions {verified}")
+                same = f"the same within {verified.difference:.1g} nats" if verified.difference else "the same to the bit"
+                console.print(f"verified: {same} without their future, and sums of one, at positions {verified.positions}")
             console.print(f"written to {path}")
     diverged = of_diverged(metrics["experts"], model.vocabulary_size)
     if diverged and config.evaluation.on_error == "stop":
@@ -108,7 +111,14 @@ def evaluate(
     return metrics
 
 
-def _verify(one_pass: Pass, streams: Sequence[TokenStream], scored: Scored, wanted: int, processes: Processes) -> list[int]:
+class Verified(NamedTuple):
+    """Positions that were the same without their future, and by how many nats at most not quite."""
+
+    positions: list[int]
+    difference: float
+
+
+def _verify(one_pass: Pass, streams: Sequence[TokenStream], scored: Scored, wanted: int, processes: Processes) -> Verified:
     """Score positions again, each process its share, and return which they were when all have found theirs the same."""
     config, checkpoint = one_pass.config, one_pass.checkpoint
 
@@ -120,9 +130,10 @@ def _verify(one_pass: Pass, streams: Sequence[TokenStream], scored: Scored, want
     vocabulary_size, seed = checkpoint.model.vocabulary_size, config.run.seed
     positions = positions_to_verify(streams, wanted, seed)
     own = positions[processes.rank :: processes.count]
-    verify(streams, own, scored.scores.losses, score, one_pass.chunk_length, vocabulary_size, seed)
-    processes.wait()
-    return positions
+    tolerance = ON_CUDA if processes.device.type == "cuda" else 0.0
+    found = verify(streams, own, scored.scores.losses, score, one_pass.chunk_length, vocabulary_size, seed, tolerance)
+    of_all = processes.total_array(np.eye(processes.count)[processes.rank] * found)
+    return Verified(positions, float(of_all.max()))
 
 
 def _check_uses(config: Config, processes: Processes, tune_first: bool, verified_positions: int) -> None:

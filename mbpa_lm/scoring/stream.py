@@ -171,19 +171,21 @@ def _score(expert: Expert, chunk: Chunk, targets: torch.Tensor, scores: StreamSc
     """Write down what an expert gives for the positions of a chunk, which start at `first`; in parts where memory is short."""
 
     def score(part: slice) -> None:
-        own_chunk = chunk if part == slice(0, len(targets)) else chunk.part(part)
-        try:
-            own = _own(expert, own_chunk, targets[part], first + part.start, guard)
-        except AdaptationError:
-            if not guard.may_fall_back(expert.name):
-                raise
-            if part.stop - part.start > 1 and not expert.learns:
-                middle = (part.start + part.stop) // 2  # so that no position falls back for what happens at another
-                score(slice(part.start, middle))
-                score(slice(middle, part.stop))
-                return
-            own = torch.full(targets[part].shape, math.nan)
-        _write_down(expert, own, own_chunk, targets[part], scores, first + part.start, guard)
+        left = [part]
+        while left:  # and no function that calls itself, which would keep the chunk until Python looks for cycles
+            part = left.pop()
+            own_chunk = chunk if part == slice(0, len(targets)) else chunk.part(part)
+            try:
+                own = _own(expert, own_chunk, targets[part], first + part.start, guard)
+            except AdaptationError:
+                if not guard.may_fall_back(expert.name):
+                    raise
+                if part.stop - part.start > 1 and not expert.learns:
+                    middle = (part.start + part.stop) // 2  # so that no position falls back for what happens at another
+                    left += [slice(middle, part.stop), slice(part.start, middle)]
+                    continue
+                own = torch.full(targets[part].shape, math.nan)
+            _write_down(expert, own, own_chunk, targets[part], scores, first + part.start, guard)
 
     if expert.learns:
         score(slice(0, len(targets)))

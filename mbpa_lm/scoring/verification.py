@@ -2,7 +2,8 @@
 
 Everything after a position's own target is replaced by other tokens, and the stream is scored from its beginning up to the end
 of the chunk in which the position lies, so that every product has the shape that it had. What each expert and each mixture
-gives at the position must then be the same, to the bit. Each expert's distribution there must sum to one.
+gives at the position must then be the same: to the bit on a CPU, and almost so on a CUDA device, whose sums have no fixed order
+(a gate, which learns from all of them, makes the most of it). Each expert's distribution there must sum to one.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,9 @@ import numpy as np
 from mbpa_lm.data.streams import TokenStream
 from mbpa_lm.errors import NumericalError
 from mbpa_lm.scoring.documents import Scored
+
+ON_CUDA = 1e-3
+"""Nats by which a loss may be another one on a CUDA device; on an H200, a gate's was by 6e-8."""
 
 
 def positions_to_verify(streams: Sequence[TokenStream], wanted: int, seed: int) -> list[int]:
@@ -28,13 +32,15 @@ def verify(
     chunk_length: int,
     vocabulary_size: int,
     seed: int,
-) -> None:
-    """Score positions, which count through all streams, once more.
+    tolerance: float = 0.0,
+) -> float:
+    """Score positions, which count through all streams, once more, and return the largest difference in nats.
 
     Args: losses (n,) of each expert and mixture, as the run gave them for all streams one after another; score makes a pass
     over a stream from the beginning and looks at the distributions at one position. Raises NumericalError where a loss is
-    another one.
+    another one, by more than the tolerance.
     """
+    largest = 0.0
     ends = np.cumsum([len(stream) - 1 for stream in streams])
     for place in positions:
         number = int(np.searchsorted(ends, place, side="right"))
@@ -42,11 +48,14 @@ def verify(
         position = place - int(ends[number]) + len(stream) - 1
         again = score(_without_future(stream, position, chunk_length, vocabulary_size, seed + place), position)
         for name, values in again.scores.losses.items():
-            if values[position] != losses[name][place]:
+            difference = abs(float(values[position]) - float(losses[name][place]))
+            largest = max(largest, difference)
+            if not difference <= tolerance:
                 raise NumericalError(
                     f"{name} gives position {place} a loss of {losses[name][place]} in the run and {values[position]} "
                     f"from scratch without its future: it is not causal, or not repeatable on this machine"
                 )
+    return largest
 
 
 def _without_future(stream: TokenStream, position: int, chunk_length: int, vocabulary_size: int, seed: int) -> TokenStream:

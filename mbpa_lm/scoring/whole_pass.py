@@ -18,7 +18,7 @@ from mbpa_lm.scoring.guard import Guard
 from mbpa_lm.scoring.mixed_scores import UNIFORM, mixed_scores
 from mbpa_lm.scoring.resources import chunk_length, make_experts, make_history, make_memory, make_slow_weights
 from mbpa_lm.scoring.stream import StreamScores, score_stream
-from mbpa_lm.system.out_of_memory import OnePositionTooLarge, is_out_of_memory, release_cuda_memory
+from mbpa_lm.system.out_of_memory import OnePositionTooLarge, is_out_of_memory, release_memory
 from mbpa_lm.system.progress import ProgressBar, console
 
 
@@ -55,7 +55,7 @@ class Pass:
             )
             self.done, self.totals = before[0], defaultdict(float, before[1])
             experts = make_experts(self.config, self.checkpoint)
-            release_cuda_memory()
+            release_memory()
 
     def _over(
         self, stream: TokenStream, experts: Sequence[Expert], progress: ProgressBar, inspected: Collection[int]

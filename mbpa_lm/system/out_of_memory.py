@@ -1,5 +1,6 @@
 """Out of memory, on the host or the device: how it shows, and how work on a chunk goes on in halves."""
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -45,13 +46,14 @@ def in_halves(work: Callable[[slice], Result], positions: int, what: str) -> Ite
             yield result
             del result
             continue
-        release_cuda_memory()
+        release_memory()
         console.print(f"out of memory for {what} on {count:,} positions at once: going on with {-(-count // 2):,}")
         middle = part.start + -(-count // 2)
         left += [slice(middle, part.stop), slice(part.start, middle)]
 
 
-def release_cuda_memory() -> None:
-    """Give what PyTorch keeps of a CUDA device's memory, without using it, back to the device."""
+def release_memory() -> None:
+    """Free what nothing uses any more, and give what PyTorch keeps of a CUDA device's memory back to the device."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

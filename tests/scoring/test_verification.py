@@ -5,12 +5,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch import Tensor
 
 from mbpa_lm import commands
+from mbpa_lm.data.streams import TokenStream
+from mbpa_lm.errors import NumericalError
 from mbpa_lm.experts.base import Chunk
 from mbpa_lm.experts.base_model import BaseModelExpert
+from mbpa_lm.scoring.documents import Scored
+from mbpa_lm.scoring.stream import StreamScores
+from mbpa_lm.scoring.verification import verify
 from tests.conftest import GPT2
 
 Options = Callable[..., list[str]]
@@ -62,3 +68,16 @@ def test_a_prediction_that_knows_its_future_is_found(
     error = capsys.readouterr().err
     assert error.startswith("error: base gives position ")
     assert "from scratch without its future: it is not causal" in error
+
+
+def test_a_rounding_is_let_pass_where_one_is_expected_and_told() -> None:
+    streams = [TokenStream("text", np.arange(9), np.ones(9, dtype=int), np.ones(9, dtype=int), np.zeros(1, dtype=int))]
+    losses = {"base": np.linspace(0, 1, 8, dtype=np.float32)}
+
+    def score(stream: TokenStream, position: int) -> Scored:
+        again = StreamScores({"base": losses["base"] + np.float32(1e-4)}, {}, np.zeros((0, 0)))
+        return Scored(again, {}, None)
+
+    assert verify(streams, [2, 5], losses, score, 4, 9, 0, tolerance=1e-3) == pytest.approx(1e-4, rel=1e-2)
+    with pytest.raises(NumericalError, match="base gives position 2 a loss"):
+        verify(streams, [2, 5], losses, score, 4, 9, 0)
