@@ -25,7 +25,7 @@ from mbpa_lm.remembering.remember import Text
 from mbpa_lm.remembering.training_text import training_text
 from mbpa_lm.system.durable import hold
 from mbpa_lm.system.machine import peak_memory_bytes, pick_device
-from mbpa_lm.system.progress import ProgressBar, console, token_progress
+from mbpa_lm.system.progress import ProgressBar, console, counted, token_progress
 
 
 def build_memory(config: Config, checkpoint_path: Path | None, folder: Path, text_path: Path | None) -> None:
@@ -85,7 +85,7 @@ def show_memory(folder: Path) -> None:
     index, index_bytes = manifest.index, 0 if manifest.index is None else manifest.index.bytes
     table = Table(show_header=False, box=None)
     for name, value in (
-        ("entries", f"{len(store):,} in {manifest.documents:,} documents"),
+        ("entries", f"{len(store):,} in {counted(manifest.documents, 'document')}"),
         ("keys", f"{layout.hidden_size} numbers of {layout.key_type}, squared Euclidean distance"),
         ("likely words", f"{layout.likely_words} an entry"),
         ("size", f"{_size(in_columns + index_bytes)}, {in_columns / max(1, len(store)):,.0f} bytes an entry beside the index"),

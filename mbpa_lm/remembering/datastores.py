@@ -104,7 +104,12 @@ def training_datastore(config: Config, checkpoint: Checkpoint, training_text: Ca
     kept = _ready(folder, checkpoint, config, likely_words)
     if kept is not None:
         return kept
-    lock = hold(checkpoint.folder / LOCK, folder)  # not in the folder itself, which may be replaced
+    try:
+        lock = hold(checkpoint.folder / LOCK, folder)  # not in the folder itself, which may be replaced
+    except DatastoreError as error:
+        if checkpoint.folder.is_dir() and os.access(checkpoint.folder, os.W_OK):
+            raise
+        raise DatastoreError(f"{error}; the memory of the training text is kept there: evaluate a copy of the run") from None
     try:
         layout, limit = Layout(checkpoint.model.hidden_size, likely_words, memory.key_type), limit_of(memory)
         text = training_text()

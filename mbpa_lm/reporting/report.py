@@ -19,7 +19,7 @@ from mbpa_lm.errors import RunFolderError, reason
 from mbpa_lm.reporting.remarks import of_unknown_words
 from mbpa_lm.scoring.stream import StreamScores
 from mbpa_lm.system.durable import file_hash, replacing, write_json
-from mbpa_lm.system.progress import console
+from mbpa_lm.system.progress import console, counted
 
 METRICS_FILE = "metrics.json"
 LARGE = 1e6
@@ -56,7 +56,7 @@ def print_tables(metrics: Mapping[str, Any]) -> None:
     experts = metrics["experts"]
     base = experts["base"]["perplexity"]
     stream = metrics["stream"]
-    title = f"{stream['name']}: {stream['scored']:,} tokens scored of {stream['tokens']:,}"
+    title = f"{stream['name']}: {counted(stream['scored'], 'token')} scored of {stream['tokens']:,}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("expert", no_wrap=True)
     by_word = any(values["bits_per_word"] != values["bits_per_token"] for values in experts.values())

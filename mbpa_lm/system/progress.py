@@ -53,6 +53,11 @@ console = Console(file=cast(IO[str], _Output()), highlight=False, soft_wrap=True
 SECONDS_BETWEEN_LINES = 20.0
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words, one of them without the plural's s."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class ProgressBar:
     """Counts work done out of a total, with a note beside it.
 

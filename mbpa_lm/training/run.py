@@ -35,7 +35,7 @@ from mbpa_lm.models.build import Model, blocks_of, build_model, check_model
 from mbpa_lm.numerics.perplexities import perplexity
 from mbpa_lm.reporting.tracking import RunLog, check_free
 from mbpa_lm.system.processes import Processes
-from mbpa_lm.system.progress import ProgressBar, console, token_progress
+from mbpa_lm.system.progress import ProgressBar, console, counted, token_progress
 from mbpa_lm.training.hebbian import HebbianRule
 from mbpa_lm.training.objective import TrainingObjective
 from mbpa_lm.training.optimization import averaged_weights, build_optimizer, learning_rate, start_averaging, take_step
@@ -168,8 +168,8 @@ class TrainingRun:
         count = self.processes.count
         together = f", {count} processes together" if count > 1 else ""
         console.print(
-            f"training {self.parameters / 1e6:.1f}M parameters on {len(self.batches.tokens):,} tokens, {training.epochs} "
-            f"epochs of {self.batches.steps} steps, {position.precision}, on {self.processes.device}{together}\n"
+            f"training {self.parameters / 1e6:.1f}M parameters on {len(self.batches.tokens):,} tokens, "
+            f"{counted(training.epochs, 'epoch')} of {counted(self.batches.steps, 'step')}, {position.precision}, on {self.processes.device}{together}\n"
             f"*: the best validation perplexity so far{'; ~: estimated from the words sampled' if self.about else ''}"
         )
         while position.step < self.steps and not self._has_stalled():
