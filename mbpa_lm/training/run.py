@@ -167,9 +167,10 @@ class TrainingRun:
         position, training = self.position, self.config.training
         count = self.processes.count
         together = f", {count} processes together" if count > 1 else ""
+        epochs, steps = counted(training.epochs, "epoch"), counted(self.batches.steps, "step")
         console.print(
-            f"training {self.parameters / 1e6:.1f}M parameters on {len(self.batches.tokens):,} tokens, "
-            f"{counted(training.epochs, 'epoch')} of {counted(self.batches.steps, 'step')}, {position.precision}, on {self.processes.device}{together}\n"
+            f"training {self.parameters / 1e6:.1f}M parameters on {len(self.batches.tokens):,} tokens, {epochs} of {steps}, "
+            f"{position.precision}, on {self.processes.device}{together}\n"
             f"*: the best validation perplexity so far{'; ~: estimated from the words sampled' if self.about else ''}"
         )
         while position.step < self.steps and not self._has_stalled():
