@@ -32,7 +32,7 @@ KINDS = ("auto", "flat", "ivf_flat", "ivf_pq", "hnsw", "cagra")
 
 def memory(arguments: Sequence[str] | None = None) -> int:
     """Run `mbpa-memory` with the given arguments and return its exit code."""
-    return guarded(_memory, sys.argv[1:] if arguments is None else arguments, "evaluation.chunk_length or memory.resident_gib")
+    return guarded(_memory, sys.argv[1:] if arguments is None else arguments, "the model (--model.dtype bfloat16)")
 
 
 def _memory(arguments: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from mbpa_lm import commands, evaluation, memory_commands
+from mbpa_lm import commands, memory_commands
 from mbpa_lm.checkpoints.checkpoint import find_checkpoint, has_checkpoint
 from mbpa_lm.checkpoints.tuned import being_tuned
 from mbpa_lm.experts.cache import CacheExpert
@@ -34,6 +34,7 @@ from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.lstm import LSTMLanguageModel
 from mbpa_lm.reporting import tracking
+from mbpa_lm.scoring import whole_pass
 from mbpa_lm.system.durable import lock_open_file, take_lock
 from mbpa_lm.system.mapped_files import LOST_FILE, MESSAGE
 from mbpa_lm.system.out_of_memory import in_halves
@@ -262,6 +263,30 @@ def test_a_gpu_that_is_too_small_for_a_chunk_is_given_halves(
         np.testing.assert_allclose(short[name], enough[name], atol=1e-3)
 
 
+def test_a_text_that_memory_is_too_short_for_is_remembered_in_smaller_parts(
+    options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = ["build", *options(tmp_path / "run"), "--checkpoint", str(trained_run), "--memory.key_type", "float32"]
+    assert memory_commands.memory([*build, "--output", str(tmp_path / "enough")]) == 0
+    forward = LSTMLanguageModel.forward
+
+    def short_of_memory(self: LSTMLanguageModel, tokens: Tensor, state: object = None) -> object:
+        if tokens.numel() > 500:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return forward(self, tokens, state)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LSTMLanguageModel, "forward", short_of_memory)
+    capsys.readouterr()
+    assert memory_commands.memory([*build, "--output", str(tmp_path / "short")]) == 0
+    said = capsys.readouterr().out
+    assert "out of memory for the model: going on with half as many positions at once" in said
+    enough, short = (Datastore.open(tmp_path / name) for name in ("enough", "short"))
+    torch.testing.assert_close(*(store.entries_between(0, len(store))[0].keys for store in (enough, short)), atol=1e-5, rtol=0)
+    monkeypatch.setattr(LSTMLanguageModel, "forward", lambda self, tokens, state=None: (_ for _ in ()).throw(MemoryError("no")))
+    assert memory_commands.memory([*build, "--output", str(tmp_path / "none")]) == 10
+    assert last_error(capsys).startswith("error: out of memory (no); make the model (--model.dtype bfloat16)")
+
+
 def test_where_one_position_is_too_much_it_is_said_in_one_line(
     options: Options, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -371,14 +396,13 @@ def _train_and_lose(folder: Path, said: Path, arguments: list[str]) -> None:
 
 
 def _evaluate_and_lose(folder: Path, said: Path, arguments: list[str]) -> None:
-    score_stream = evaluation.score_stream
+    score_stream = whole_pass.score_stream
 
     def lose_and_score(*parts: object) -> object:
-        if len(parts) > 7:  # not the few tokens that are scored to load machine code
-            _cut_off(folder)
+        _cut_off(folder)
         return score_stream(*parts)  # type: ignore[arg-type]
 
-    evaluation.score_stream = lose_and_score  # type: ignore[assignment]
+    whole_pass.score_stream = lose_and_score  # type: ignore[assignment]
     os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
     raise SystemExit(commands.evaluate(arguments))
 

@@ -18,8 +18,9 @@ import torch
 
 from mbpa_lm.errors import ConfigError
 from mbpa_lm.integrations.adapting import adapt
+from mbpa_lm.integrations.arguments import check_parts, check_text, listed
 from mbpa_lm.integrations.generation import Write
-from mbpa_lm.integrations.memory import Memory, check_parts, check_text, listed
+from mbpa_lm.integrations.memory import Memory
 from mbpa_lm.models.head import positions_of
 
 LONGEST_WINDOW = 2048

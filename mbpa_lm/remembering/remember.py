@@ -21,6 +21,8 @@ from mbpa_lm.memory.base import Entries
 from mbpa_lm.memory.datastore.manifest import Source
 from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.models.base import LanguageModel, State
+from mbpa_lm.system.out_of_memory import is_out_of_memory, release_memory
+from mbpa_lm.system.progress import console
 
 BLOCK, SIDE_BY_SIDE, WARM_UP = 4096, 8, 256
 LOGITS_AT_ONCE = 1 << 23
@@ -74,8 +76,19 @@ def remember(
     waiting = min(NUMBERS_AT_ONCE, limit // 128) if limit else NUMBERS_AT_ONCE
     logits = min(LOGITS_AT_ONCE, limit // 256) if limit else LOGITS_AT_ONCE
     at_once = BLOCK * max(1, min(SIDE_BY_SIDE, waiting // (BLOCK * model.hidden_size)))
+    side_by_side = SIDE_BY_SIDE
     for group in _groups(_blocks(text, done), at_once):
-        found = _read_blocks(model, text.tokens, group, store.likely_words, logits)
+        found = None
+        while found is None:
+            try:
+                found = _read_blocks(model, text.tokens, group, store.likely_words, logits, side_by_side)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or (side_by_side == 1 and logits <= model.vocabulary_size):
+                    raise
+                logits, side_by_side = logits // 2, max(1, side_by_side // 2)
+            if found is None:
+                console.print("out of memory for the model: going on with half as many positions at once")
+                release_memory()
         entries = Entries(*(torch.cat(column) for column in zip(*(block.tensors() for block in found), strict=True)))
         positions = np.concatenate([np.arange(block.begin, block.end) for block in group])
         documents = np.searchsorted(text.document_starts, positions, side="right") - 1
@@ -120,14 +133,16 @@ def _source(store: Datastore, text: Text) -> Source:
     return Source(text.name, text.fingerprint, len(store), store.manifest.documents, entries)
 
 
-def _read_blocks(model: LanguageModel, tokens: np.ndarray, blocks: list[_Block], likely: int, logits: int) -> list[Entries]:
-    """Return the entries of each block; those of one length and one warm-up are read side by side."""
+def _read_blocks(
+    model: LanguageModel, tokens: np.ndarray, blocks: list[_Block], likely: int, logits: int, side_by_side: int
+) -> list[Entries]:
+    """Return the entries of each block; so many of one length and one warm-up are read side by side."""
     found: dict[int, Entries] = {}
     alike: dict[tuple[int, int], list[int]] = {}
     for begin, end, warm_up in blocks:
         alike.setdefault((warm_up, end - begin), []).append(begin)
     for (warm_up, length), every in alike.items():
-        for begins in (every[first : first + SIDE_BY_SIDE] for first in range(0, len(every), SIDE_BY_SIDE)):
+        for begins in (every[first : first + side_by_side] for first in range(0, len(every), side_by_side)):
             rows = np.stack([tokens[begin - warm_up : begin + length + 1] for begin in begins]).astype(np.int64)
             pieces = list(_read(model, torch.from_numpy(rows), warm_up, likely, logits))
             for row, begin in enumerate(begins):
