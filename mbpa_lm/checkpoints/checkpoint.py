@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mbpa_lm.config import Config, ModelConfig
@@ -32,6 +32,7 @@ from mbpa_lm.data.tokenizers import Tokenizer, load_tokenizer
 from mbpa_lm.errors import DAMAGES, CheckpointError, ConfigError, reason
 from mbpa_lm.models.build import Model, build_model, check_sizes
 from mbpa_lm.system.durable import file_hash, read_json, replace_json, sync, write_json
+from mbpa_lm.system.tensor_files import save_tensors
 
 FORMAT = 1
 NAME, SAVING = re.compile(r"step-\d+"), ".saving-"
@@ -87,8 +88,8 @@ def save_checkpoint(
         temporary = Path(tempfile.mkdtemp(prefix=SAVING, dir=target.parent))
         temporary.chmod(0o755)  # a checkpoint is for others to read too
         try:
-            save_file({**weights, COUNTS: token_counts}, temporary / WEIGHTS)
-            save_file(position.tensors, temporary / "training.safetensors")
+            save_tensors({**weights, COUNTS: token_counts}, temporary / WEIGHTS)
+            save_tensors(position.tensors, temporary / "training.safetensors")
             write_json(temporary / "training.json", position.values)
             (temporary / "tokenizer").mkdir()
             tokenizer.save(temporary / "tokenizer")

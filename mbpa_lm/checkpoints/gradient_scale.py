@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -22,6 +21,7 @@ from mbpa_lm.errors import DataError
 from mbpa_lm.models.base import LanguageModel, State
 from mbpa_lm.models.build import Model
 from mbpa_lm.models.gradients import read_with_gradients
+from mbpa_lm.system.tensor_files import save_tensors
 
 LAYER_FILE, MODEL_FILE = "gradient_scale.safetensors", "model_gradient_scale.safetensors"
 OnProgress = Callable[[int], None]
@@ -162,7 +162,7 @@ def _write(path: Path, settings: str, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         found = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(found, temporary, {"settings": settings, "sha256": _hash(found)})
+        save_tensors(found, temporary, {"settings": settings, "sha256": _hash(found)})
         os.replace(temporary, path)
     except (OSError, SafetensorError):
         temporary.unlink(missing_ok=True)

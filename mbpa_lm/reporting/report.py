@@ -12,7 +12,6 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from mbpa_lm.checkpoints.tuned import Tuned
 from mbpa_lm.errors import RunFolderError, reason
@@ -20,6 +19,7 @@ from mbpa_lm.reporting.remarks import of_unknown_words
 from mbpa_lm.scoring.stream import StreamScores
 from mbpa_lm.system.durable import file_hash, replacing, write_json
 from mbpa_lm.system.progress import console, counted
+from mbpa_lm.system.tensor_files import save_tensors
 
 METRICS_FILE = "metrics.json"
 LARGE = 1e6
@@ -39,7 +39,7 @@ def write_results(folder: Path, metrics: Mapping[str, Any], scores: StreamScores
         if losses_path.is_file():
             os.link(losses_path, earlier)
         with replacing(path) as metrics_written, replacing(losses_path) as losses_written:
-            save_file(losses, losses_written)
+            save_tensors(losses, losses_written)
             write_json(metrics_written, {**metrics, "losses_sha256": file_hash(losses_written)})
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):

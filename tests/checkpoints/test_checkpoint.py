@@ -45,6 +45,13 @@ def test_a_checkpoint_is_safetensors_and_json_only(run: Path) -> None:
     assert suffixes == {".safetensors", ".json"}
 
 
+def test_others_may_read_what_others_could_read_of_any_new_file(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    rights = (tmp_path / "new").stat().st_mode
+    for file in (file for file in (run / "checkpoints").rglob("*") if file.is_file()):
+        assert file.stat().st_mode == rights, file
+
+
 def test_only_the_best_and_the_last_are_kept(options: Options, tmp_path: Path) -> None:
     assert commands.train(options(tmp_path / "run", "--training.epochs", "4", "--training.save_steps", "11")) == 0
     pointers = json.loads((tmp_path / "run" / "checkpoint.json").read_text())
@@ -184,7 +191,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(opt
     load_checkpoint(run)
 
 
-@pytest.mark.parametrize("call", ["save_file", "write_json", "replace_json", "sync"])
+@pytest.mark.parametrize("call", ["save_tensors", "write_json", "replace_json", "sync"])
 def test_whatever_write_fails_the_run_loads_as_before(
     options: Options, tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
