@@ -14,7 +14,7 @@ from typing import Any
 from mbpa_lm.config import Config
 from mbpa_lm.config.checks import require
 from mbpa_lm.errors import ConfigError, MbpaError, Terminated, reason
-from mbpa_lm.options import DEBUG, make_parser, names_of, parse
+from mbpa_lm.options import DEBUG, given_keys, make_parser, names_of, parse
 
 MOST_VERIFIED = 1000
 """Positions of `--verify`, each of which takes as long as the stream before it."""
@@ -79,6 +79,10 @@ def _evaluate(arguments: Sequence[str]) -> None:
     if verified:
         compute_repeatably(config.run.device)
     path = Path(options["checkpoint"]) if options["checkpoint"] else None
+    if path is not None:
+        from mbpa_lm.checkpoints.checkpoint import find_checkpoint, with_saved_settings
+
+        config = with_saved_settings(config, find_checkpoint(path), given_keys(arguments))
     evaluate(config, path, options["tune"], verified)
 
 
@@ -144,6 +148,7 @@ def prepare_machine(config: Config, keep_memory: bool = True) -> None:
     Raises ConfigError where a CUDA device is not there, DatastoreError where an index cannot be made or searched as asked.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of every retry, and the error says it all
     import torch
 
     from mbpa_lm.system.machine import keep_freed_memory, return_freed_memory

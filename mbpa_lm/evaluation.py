@@ -122,16 +122,18 @@ def _verify(one_pass: Pass, streams: Sequence[TokenStream], scored: Scored, want
     """Score positions again, each process its share, and return which they were when all have found theirs the same."""
     config, checkpoint = one_pass.config, one_pass.checkpoint
 
-    def score(part: TokenStream, position: int) -> Scored:
+    def score(part: TokenStream, position: int, chunk_length: int) -> Scored:
         with ProgressBar(f"verifying position {position:,}", len(part) - 1) as progress:
             again = Pass(config, checkpoint, one_pass.tuned)
+            again.most_at_once = chunk_length
             return again.over(part, make_experts(config, checkpoint), progress, [position])
 
     vocabulary_size, seed = checkpoint.model.vocabulary_size, config.run.seed
     positions = positions_to_verify(streams, wanted, seed)
     own = positions[processes.rank :: processes.count]
     tolerance = ON_CUDA if processes.device.type == "cuda" else 0.0
-    found = verify(streams, own, scored.scores.losses, score, one_pass.chunk_length, vocabulary_size, seed, tolerance)
+    lengths = [one_pass.chunk_lengths.get(id(stream), one_pass.chunk_length) for stream in streams]
+    found = verify(streams, own, scored.scores.losses, score, lengths, vocabulary_size, seed, tolerance)
     of_all = processes.total_array(np.eye(processes.count)[processes.rank] * found)
     return Verified(positions, float(of_all.max()))
 

@@ -37,7 +37,7 @@ def make_parser(program: str, description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "%(prog)s --config FILE [--section.name VALUE ...]"
     parser = ArgumentParser(prog=program, description=description, usage=usage, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of values; what follows on the command line wins.")
+    parser.add_argument("--config", action="config", help="YAML file of values; what is said on the command line wins.")
     parser.add_argument(DEBUG, action="store_true", help="Where it fails, show where in the code too.")
     for section in fields(Config):
         parser.add_class_arguments(section.type, section.name)
@@ -49,6 +49,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dic
 
     Raises ConfigError naming the key that is wrong, and the nearest valid one where it is misspelt.
     """
+    arguments = _files_first(arguments)
     sections = {section.name for section in fields(Config)}
     valid = _valid_keys()
     others = {action.dest for action in parser._actions if action.dest.split(".")[0] not in sections}
@@ -70,6 +71,12 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dic
     return config, {name: getattr(made, name) for name in others if hasattr(made, name)}
 
 
+def given_keys(arguments: Sequence[str]) -> set[str]:
+    """Return the keys of the configuration that a command line and its YAML files give values to."""
+    of_files = {key for path in _config_files(arguments) for key in yaml_keys(path)}
+    return of_files | {name[2:].removesuffix("+") for name in names_of(arguments)}
+
+
 def names_of(arguments: Sequence[str]) -> list[str]:
     """Return the options that are given, without their values."""
     return [argument.split("=", 1)[0] for argument in arguments if argument.startswith("--")]
@@ -82,7 +89,11 @@ def explained(text: str) -> str:
         return text.replace("unrecognized arguments:", "there is no place for") + "; --help lists the options"
     key, value = found.groups()
     hint = _type_of(key)
-    return f"{key} is {value!r}; it must be {_wanted(key, hint, value)}" if hint else f"--{key} cannot be {value!r}"
+    return (
+        f"{key} is {value!r}; it must be {_wanted(key, hint, value)}"
+        if hint
+        else f"--{key} cannot be {value!r}; --help says what it takes"
+    )
 
 
 def _type_of(key: str) -> Any:
@@ -115,6 +126,18 @@ def _check_key(key: str, valid: Collection[str], where: str) -> None:
     if key in valid or key == "help" or any(key.startswith(f"{name}.") for name in OPEN_KEYS):
         return
     raise ConfigError(f"{where}{key} does not exist; {did_you_mean(key, valid)}")
+
+
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with the YAML files before all else, as the parser lets what comes later win."""
+    files: list[str] = []
+    others: list[str] = []
+    is_file = False
+    for argument in arguments:
+        is_file_too = is_file or argument.startswith("--config=") or argument == "--config"
+        (files if is_file_too else others).append(argument)
+        is_file = argument == "--config" and not is_file
+    return files + others
 
 
 def _config_files(arguments: Sequence[str]) -> list[str]:
@@ -152,4 +175,7 @@ def yaml_keys(path: str) -> list[str]:
             keys += [f"{section}.{name}" for name in values]
         else:
             keys.append(str(section))
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise ConfigError(f"--config {path}: {twice[0]} stands there twice")
     return keys

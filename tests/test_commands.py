@@ -14,6 +14,7 @@ import yaml
 
 from mbpa_lm import commands
 from mbpa_lm.config import Config
+from mbpa_lm.options import make_parser, parse
 from tests.conftest import parsed, write_corpus
 
 Options = Callable[..., list[str]]
@@ -116,6 +117,8 @@ def test_a_mistake_is_refused_in_one_line_before_any_work(
         ("- 1\n", "c.yaml holds no sections; see configs/ for examples"),
         ("", "c.yaml holds no sections; see configs/ for examples"),
         ("memory: {size: 3, size: 4}\n", "c.yaml is not valid YAML: size stands there twice"),
+        ("memory: {size: 3}\nmemory.size: 4\n", "c.yaml: memory.size stands there twice"),
+        ("adaptation: {tolerance: .inf}\n", "adaptation.tolerance is inf; it must be a finite number"),
         ("model:\n  layers: many\n", "model.layers"),
         ("model: !!python/object/apply:os.system ['touch executed']\n", "c.yaml is not valid YAML"),
     ],
@@ -226,6 +229,24 @@ def test_a_run_folder_that_is_a_file_is_refused(
     assert "file is a file; name a folder" in capsys.readouterr().err
     assert commands.train(options(tmp_path / ("n" * 300))) == 6
     assert "cannot be written: File name too long; name another folder" in capsys.readouterr().err
+
+
+def test_the_command_line_wins_wherever_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("memory: {size: 7, neighbours: 3}\n")
+    file = ["--config", str(tmp_path / "c.yaml")]
+    for arguments in (["--memory.size", "9", *file], [*file, "--memory.size=9"]):
+        config, _ = parse(make_parser("train.py", ""), arguments)
+        assert (config.memory.size, config.memory.neighbours) == (9, 3)
+
+
+def test_a_checkpoint_says_itself_what_model_it_is(options: Options, trained_run: Path, tmp_path: Path) -> None:
+    own = ("--model.", "--tokenizer.")
+    given = options(tmp_path / "run", "--checkpoint", str(trained_run), "--experts", "base", "--evaluation.max_tokens", "50")
+    pairs = [given[index : index + 2] for index in range(0, len(given), 2)]
+    assert any(name.startswith(own) for name, _ in pairs)
+    assert commands.evaluate([word for pair in pairs if not pair[0].startswith(own) for word in pair]) == 0
+    config = json.loads((tmp_path / "run" / "metrics.json").read_text())["config"]
+    assert config["model"]["hidden_size"] == 16
 
 
 def test_the_top_level_scripts_are_thin_and_start(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from mbpa_lm import commands, memory_commands
 from mbpa_lm.checkpoints.checkpoint import find_checkpoint, has_checkpoint
@@ -34,11 +35,12 @@ from mbpa_lm.memory.datastore.store import Datastore
 from mbpa_lm.memory.window import WindowMemory
 from mbpa_lm.models.lstm import LSTMLanguageModel
 from mbpa_lm.reporting import tracking
-from mbpa_lm.scoring import whole_pass
+from mbpa_lm.scoring import stream, whole_pass
 from mbpa_lm.system.durable import lock_open_file, take_lock
 from mbpa_lm.system.mapped_files import LOST_FILE, MESSAGE
 from mbpa_lm.system.out_of_memory import in_halves
 from mbpa_lm.training.run import TrainingRun
+from tests.conftest import GPT2
 
 Options = Callable[..., list[str]]
 KILLS = int(os.environ.get("MBPA_KILLS", "2"))
@@ -209,6 +211,32 @@ def test_a_chunk_that_memory_is_too_short_for_is_halved(
     enough, short = (load_file(tmp_path / run / "losses.safetensors") for run in ("enough", "short"))
     for name in ("base", "cache-100", "cache-5000"):
         np.testing.assert_allclose(short[name], enough[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["the logits", "a layer"])
+def test_a_transformer_whose_cache_was_written_before_memory_ended_reads_the_same(
+    options: Options, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model.kind", "transformer", "--model.context_length", "40", "--model.context_overlap", "8"]
+    model += ["--training.sequence_length", "40", "--model.settings", json.dumps({**GPT2, "n_positions": 64})]
+    assert commands.train(options(tmp_path / "run", *model, "--training.epochs", "1")) == 0
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--experts", "base,cache", "--evaluation.chunk_length", "25"]
+    assert commands.evaluate(options(tmp_path / "enough", *arguments)) == 0
+    module, name = (stream, "normalize") if where == "the logits" else (GPT2MLP, "forward")
+    real, calls = getattr(module, name), [0]
+
+    def short_of_memory(*parts: object) -> object:
+        calls[0] += 1
+        if calls[0] in (7, 14):
+            raise MemoryError("9 GiB")
+        return real(*parts)
+
+    monkeypatch.setattr(module, name, short_of_memory)
+    assert commands.evaluate(options(tmp_path / "short", *arguments)) == 0
+    assert "out of memory for the model on 25 positions at once: going on with 13" in capsys.readouterr().out
+    enough, short = (load_file(tmp_path / run / "losses.safetensors") for run in ("enough", "short"))
+    for expert in ("base", "cache-500"):
+        np.testing.assert_allclose(short[expert], enough[expert], atol=1e-5)
 
 
 def test_a_pass_that_memory_is_too_short_for_begins_again_with_shorter_chunks(

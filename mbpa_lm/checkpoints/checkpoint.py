@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mbpa_lm.config import Config, ModelConfig
+from mbpa_lm.config.checks import check_types
 from mbpa_lm.data.tokenizers import Tokenizer, load_tokenizer
 from mbpa_lm.errors import DAMAGES, CheckpointError, ConfigError, reason
 from mbpa_lm.models.build import Model, build_model, check_sizes
@@ -155,7 +156,8 @@ def load_checkpoint(path: Path, which: str = "best", with_position: bool = False
             position = TrainingPosition(load_file(folder / "training.safetensors"), values)
         return Checkpoint(folder, model, tokenizer, counts, manifest["corpus"], manifest["files"][WEIGHTS], position)
     except (*DAMAGES, RuntimeError, SafetensorError, ConfigError) as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged or incomplete: {reason(error)}; {ADVICE}") from None
+        where = f"{Path(error.filename).name}: " if isinstance(error, OSError) and error.filename else ""
+        raise CheckpointError(f"checkpoint {folder} is damaged or incomplete: {where}{reason(error)}; {ADVICE}") from None
 
 
 def find_checkpoint(path: Path, which: str = "best") -> Path:
@@ -205,6 +207,28 @@ def check_same_settings(folder: Path, config: Config) -> None:
                 )
 
 
+def with_saved_settings(config: Config, folder: Path, given: Collection[str]) -> Config:
+    """Return the configuration with a checkpoint's own model and tokenizer, but for keys whose values were given.
+
+    Raises CheckpointError where its manifest is damaged.
+    """
+    manifest = _read_manifest(folder)
+    try:
+        sections: dict[str, Any] = {}
+        for section, saved in (("model", manifest["model"]), ("tokenizer", manifest["tokenizer"]["settings"])):
+            present = getattr(config, section)
+            check_types(type(present), saved)
+            was_given = {key.split(".")[1] for key in given if key.startswith(f"{section}.")}
+            values = {name: value for name, value in saved.items() if name not in was_given}
+            sections[section] = dataclasses.replace(present, **values)
+        model = sections["model"]
+        if model.kind == "transformer":  # whose blocks a section of their own names again, for training
+            sections["training"] = dataclasses.replace(config.training, sequence_length=model.context_length)
+        return dataclasses.replace(config, **sections)
+    except (*DAMAGES, ConfigError) as error:
+        raise CheckpointError(f"checkpoint {folder} does not go with the configuration: {reason(error)}") from None
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_json(folder / "manifest.json")
@@ -223,7 +247,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _read_pointers(run_folder: Path) -> dict[str, str]:
     try:
         pointers = dict(read_json(run_folder / POINTER))
-        if not all(isinstance(name, str) and NAME.fullmatch(name) for name in pointers.values()):
+        names = (pointers.get("best"), pointers.get("last"))
+        if not all(isinstance(name, str) and NAME.fullmatch(name) for name in names):
             raise ValueError("it does not name checkpoints")
         return pointers
     except (FileNotFoundError, NotADirectoryError):

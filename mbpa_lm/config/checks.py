@@ -1,6 +1,6 @@
 """What sections of a configuration check their values with; each raises ConfigError naming the key."""
 
-import math
+import sys
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -44,11 +44,13 @@ def require_at_most(most: int, section: str, config: Any, *names: str) -> None:
 
 
 def _most(value: float) -> float:
-    return LARGEST if isinstance(value, int) else math.inf
+    return LARGEST if isinstance(value, int) else sys.float_info.max
 
 
 def _within(lower: str, value: float | None) -> str:
-    return f"at most {LARGEST:,}" if value is not None and value > _most(value) else lower
+    if value is None or not value > _most(value):
+        return lower
+    return f"at most {LARGEST:,}" if isinstance(value, int) else "a finite number"
 
 
 def require_probability(section: str, config: Any, *names: str) -> None:

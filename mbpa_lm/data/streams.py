@@ -179,8 +179,8 @@ class SequenceBatches:
         if self.steps < 1:
             needed = self.batch_size * self.sequence_length + self.sequence_length + 1
             raise DataError(
-                f"the text has {len(self.tokens)} tokens, but training.batch_size {self.batch_size} and "
-                f"training.sequence_length {self.sequence_length} need at least {needed}; make one of them smaller"
+                f"the text has {len(self.tokens):,} tokens, but training.batch_size {self.batch_size} and "
+                f"training.sequence_length {self.sequence_length} need at least {needed:,}; make one of them smaller"
             )
 
     @property

@@ -26,14 +26,16 @@ def build_experts(
 
     The store of kNN-LM and the dynamic model are made only where an expert needs them.
     """
-    wanted, cache, knn = config.evaluation.experts, config.cache, config.knn
+    wanted, cache, knn, memory = config.evaluation.experts, config.cache, config.knn, config.memory
+    is_window = not memory.datastores and config.remote.address is None
+    neighbours = min(memory.neighbours, memory.size) if is_window else memory.neighbours
     experts: list[Expert] = [BaseModelExpert()]
     if "mbpa" in wanted:
-        experts.append(MbpaExpert(layer, config.adaptation, config.memory.neighbours))
+        experts.append(MbpaExpert(layer, config.adaptation, neighbours))
     if "persistent" in wanted:
         experts.append(PersistentExpert())
     if "mbpa+persistent" in wanted:
-        experts.append(MbpaExpert(layer, config.adaptation, config.memory.neighbours, from_slow_weights=True))
+        experts.append(MbpaExpert(layer, config.adaptation, neighbours, from_slow_weights=True))
     if "cache" in wanted:
         thetas, weights = known("cache.thetas", cache.thetas), known("cache.weights", cache.weights)
         experts += [CacheExpert(*settings) for settings in zip(cache.windows, thetas, weights, strict=True)]

@@ -21,6 +21,7 @@ from mbpa_lm.errors import ConfigError, ModelError
 from mbpa_lm.integrations.generation import Generation, Write
 from mbpa_lm.integrations.memory import Memory
 from mbpa_lm.integrations.reading import Piece, RowReader
+from mbpa_lm.models.fingerprint import model_fingerprint
 
 CACHES = {"cache", "past_key_values", "cache_params"}
 """Names by which models take what they have read before."""
@@ -40,6 +41,8 @@ def adapt(model: Any, memory: Memory, write: Write = "prompts") -> Iterator["Ada
         raise ConfigError(f"the memory is a {type(memory).__name__}; make one with Memory(model), or open one with Memory.load")
     if memory.language_model.causal_lm is not model:
         raise ModelError(f"the memory was made for another {type(model).__name__}: Memory(model)")
+    if model_fingerprint(model) != memory.identity.model:
+        raise ModelError(f"the weights of this {type(model).__name__} have changed since its memory was made: Memory(model)")
     if write != "nothing" and not CACHES & inspect.signature(model.forward).parameters.keys():
         raise ModelError(
             f"{type(model).__name__} takes no cache that would say what it has read before, so that nothing can be remembered "

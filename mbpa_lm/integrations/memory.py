@@ -39,7 +39,7 @@ from mbpa_lm.models.pretrained import LONGEST_CONTEXT
 from mbpa_lm.models.transformer import TransformerLanguageModel
 from mbpa_lm.remembering.datastores import build, index_kind, limit_of
 from mbpa_lm.remembering.remember import Text
-from mbpa_lm.system.durable import read_json, replace_json
+from mbpa_lm.system.durable import read_json, replace_json, sealed, unsealed
 
 Rows = Literal["shared", "own"]
 SETTINGS = "settings.json"
@@ -94,9 +94,13 @@ class Memory:
         Args: rows, None for what was saved; settings that replace those that were saved with it. Raises DatastoreError where
         it is missing, damaged, or of another model or tokenizer.
         """
+        if not isinstance(folder, str | Path):
+            raise DatastoreError(
+                f"a memory is loaded from a folder, and this is a {type(folder).__name__}: load(folder, model)"
+            )
         path = Path(folder)
         try:
-            saved = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else {}
+            saved = unsealed(read_json(path / SETTINGS)) if (path / SETTINGS).is_file() else {}
             kept, norm = dict(saved.get("settings", {})), saved.get("mean_squared_norm")
             if norm is not None and not 0 < norm < math.inf:
                 raise ValueError(f"mean_squared_norm is {norm}")
@@ -211,7 +215,7 @@ class Memory:
                     store.add(window.entries())
                 if store.needs_index(index_kind(self.config)):
                     store.build_index(index_kind(self.config))
-            replace_json(target / SETTINGS, settings)
+            replace_json(target / SETTINGS, sealed(settings))
             if target != path:
                 target.rename(path)
         except OSError as error:

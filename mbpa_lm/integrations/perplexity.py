@@ -83,6 +83,8 @@ def perplexity(
     read again as context is remembered once. Raises ConfigError for an impossible window.
     """
     check_parts(model, tokenizer)
+    if memory is None and "generate" in vars(model):
+        raise ConfigError("the model is adapted now; call perplexity outside of the with block, with memory=")
     if tokenizer is None:
         raise ConfigError("perplexity needs the model's tokenizer: perplexity(model, tokenizer, texts)")
     texts = listed(texts, "perplexity")

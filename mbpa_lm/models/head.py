@@ -17,6 +17,8 @@ from mbpa_lm.errors import ModelError, reason
 from mbpa_lm.models.base import OutputLayer
 from mbpa_lm.numerics.softcap import capped
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""What architectures call c of a soft cap, c tanh(logit / c)."""
 TRIED = 8
 """Tokens that are read to find out."""
 
@@ -66,11 +68,12 @@ def find_head(model: Any) -> Head:
     if base is None:
         raise ModelError(f"{name} computes its hidden states in an unknown place; it cannot have a memory")
     hidden_states, raw = seen[base], seen["logits"].float()
-    if not _equal(*hidden_states[:, : TRIED // 2]):
+    before, other = hidden_states[:, : TRIED // 2]
+    if not _equal(before, other, _leak(model, hidden_states)):
         raise ModelError(f"{name} sees the tokens after the one that it predicts; it is no causal language model")
     if not _equal(seen["input"], hidden_states.to(seen["input"])):
         raise ModelError(f"{name} changes hidden states between its last layer and its output layer; it cannot have a memory")
-    for softcap in (None, getattr(model.config.get_text_config(), "final_logit_softcapping", None)):
+    for softcap in (None, *(getattr(model.config.get_text_config(), name, None) for name in SOFTCAPS)):
         scale = 1.0 if _equal(logits, capped(raw, softcap)) else _factor(raw, logits.float(), softcap)
         if _equal(logits, capped(raw * scale, softcap)):
             break
@@ -82,6 +85,37 @@ def find_head(model: Any) -> Head:
     if not _equal(logits, head.layer().logits(head.keys(hidden_states))):
         raise ModelError(f"the output layer of {name} is not a plain linear layer; it cannot have a memory")
     return head
+
+
+def reads_in_pieces(model: Any, head: Head) -> bool:
+    """Say whether a model gives the same hidden states for a text in pieces, with a cache of keys and values, as at once."""
+    from transformers import DynamicCache
+
+    weight = head.layer().weight
+    if getattr(model, "_is_stateful", False) and torch.finfo(weight.dtype).bits < 32:
+        return False  # rounding would hide what a state forgets
+    tokens = torch.arange(1, TRIED + 1, device=model.device)[None] % len(weight)
+    with in_evaluation(model), torch.no_grad():
+        try:
+            whole = head.base(input_ids=tokens, use_cache=False).last_hidden_state
+            cache = DynamicCache(config=model.config)
+            cut = (tokens[:, :3], tokens[:, 3:4], tokens[:, 4:])
+            pieces = [head.base(input_ids=each, cache=cache, use_cache=True).last_hidden_state for each in cut]
+        except (ValueError, IndexError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError):
+            return False
+    return _equal(whole, torch.cat(pieces, dim=1))
+
+
+def _leak(model: Any, hidden_states: Tensor) -> float:
+    """Return how much of the largest number hidden states may change with what comes after, by rounding alone.
+
+    Two rows of one batch are computed alike, but for experts, which read as many tokens as are sent to them.
+    """
+    rounding = _rounding(hidden_states, hidden_states)
+    has_experts = any(
+        "expert" in name and isinstance(value, int) and value > 1 for name, value in model.config.to_dict().items()
+    )
+    return rounding if has_experts else min(rounding, 1e-5)
 
 
 def _check_weight(name: str, output: nn.Module) -> None:
@@ -130,11 +164,12 @@ def _factor(raw: Tensor, logits: Tensor, softcap: float | None) -> float:
     return float((before * raw).sum() / raw.square().sum().clamp(min=torch.finfo(raw.dtype).tiny))
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _equal(one: Tensor, other: Tensor, share: float | None = None) -> bool:
+    """Say whether tensors are the same but for a share of their largest number, rounding where none is given."""
     if one.shape != other.shape:
         return False
-    largest = float(one.float().abs().max())
-    return torch.allclose(one.float(), other.to(one.device).float(), rtol=0, atol=_rounding(one, other) * max(largest, 1e-30))
+    most = (_rounding(one, other) if share is None else share) * max(float(one.float().abs().max()), 1e-30)
+    return torch.allclose(one.float(), other.to(one.device).float(), rtol=0, atol=most)
 
 
 def _rounding(one: Tensor, other: Tensor) -> float:

@@ -1,5 +1,6 @@
 """Pretrained causal language models of transformers, from a folder or from the hub, with their tokenizers."""
 
+import sys
 from typing import Any
 
 import torch
@@ -24,7 +25,10 @@ def load_pretrained(config: ModelConfig, device: torch.device) -> tuple[Transfor
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     name = config.pretrained
     assert name is not None
     placed: dict[str, Any] = {} if config.device_map is None else {"device_map": config.device_map}

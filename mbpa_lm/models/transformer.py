@@ -2,10 +2,13 @@
 
 A stream is read in blocks of `context_length` tokens. Inside a block, keys and values are cached, so a prediction
 costs one token's work; when a block is full, the next one starts by reading its last `context_overlap` tokens again.
-Where blocks begin depends on the position in the stream alone, never on how the stream was cut into pieces.
+Where blocks begin depends on the position in the stream alone, never on how the stream was cut into pieces. A model that
+does not give the same in pieces as at once (it takes no such cache, or forgets its own state) reads its block again from
+the block's beginning for every piece.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +17,16 @@ from mbpa_lm.config import ModelConfig
 from mbpa_lm.config.checks import require
 from mbpa_lm.errors import ConfigError, ModelError, did_you_mean, reason
 from mbpa_lm.models.base import ModelOutput, OutputLayer
-from mbpa_lm.models.head import find_head, positions_of
+from mbpa_lm.models.head import find_head, positions_of, reads_in_pieces
 
 
-class BlockState(NamedTuple):
+@dataclass
+class BlockState:
     """The block being read: its tokens so far, and the keys and values of all its layers."""
 
     tokens: Tensor  # (B, n) with n <= context_length
-    cache: Any  # transformers.Cache
+    cache: Any  # transformers.Cache; None of a model that reads its block again
+    is_used: bool = False  # whether it has been read on from: the cache is not that of the tokens any more
 
 
 def check_settings(config: ModelConfig) -> None:
@@ -56,6 +61,7 @@ class TransformerLanguageModel(nn.Module):
         self.head = find_head(causal_lm)
         self._context_length, self._context_overlap = context_length, context_overlap
         self.vocabulary_size, self.hidden_size = self.output_layer().weight.shape
+        self._takes_cache = reads_in_pieces(causal_lm, self.head)
 
     @classmethod
     def build(cls, config: ModelConfig, vocabulary_size: int) -> "TransformerLanguageModel":
@@ -102,16 +108,28 @@ class TransformerLanguageModel(nn.Module):
         """Return a block with room for a token: the current one, or a new one that has read the overlap."""
         if state is not None and state.tokens.shape[1] < self._context_length:
             return state
-        from transformers import DynamicCache
-
-        empty = BlockState(tokens[:, :0], DynamicCache(config=self.causal_lm.config))
+        empty = BlockState(tokens[:, :0], self._empty_cache())
         if state is None or self._context_overlap == 0:
             return empty
         return self._read(empty, state.tokens[:, -self._context_overlap :])[1]
 
     def _read(self, state: BlockState, tokens: Tensor) -> tuple[Tensor, BlockState]:
-        output = self.head.base(input_ids=tokens, cache=state.cache, use_cache=True)
-        return self.head.keys(output.last_hidden_state), BlockState(torch.cat([state.tokens, tokens], dim=1), state.cache)
+        every, cache = torch.cat([state.tokens, tokens], dim=1), state.cache
+        if not self._takes_cache:
+            hidden_states = self.head.base(input_ids=every, use_cache=False).last_hidden_state
+            return self.head.keys(hidden_states[:, -tokens.shape[1] :]), BlockState(every, None)
+        if state.is_used:  # by a call that failed, for want of memory
+            cache = self._empty_cache()
+            if state.tokens.shape[1]:
+                self.head.base(input_ids=state.tokens, cache=cache, use_cache=True)
+        state.is_used = True
+        output = self.head.base(input_ids=tokens, cache=cache, use_cache=True)
+        return self.head.keys(output.last_hidden_state), BlockState(every, cache)
+
+    def _empty_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.causal_lm.config) if self._takes_cache else None
 
 
 def _from_configuration(config: ModelConfig, vocabulary_size: int, most_layers: int | None = None) -> Any:

@@ -17,8 +17,9 @@ def own_corpus(config: Config, checkpoint: Checkpoint) -> Corpus:
     corpus = open_corpus(config.data)
     if corpus.fingerprint("train") != checkpoint.corpus["train"]:
         raise CheckpointError(
-            f"checkpoint {checkpoint.folder} was trained on another text ({checkpoint.corpus['name']}) than {corpus.name} "
-            f"is now; use the data it was trained with, train again, or score any text with --evaluation.text"
+            f"checkpoint {checkpoint.folder} was trained on another text ({checkpoint.corpus['name']}) than that of "
+            f"{config.data.path or corpus.name}; name its own with data.corpus and data.path, train again, or score any text "
+            f"with --evaluation.text"
         )
     return corpus
 

@@ -28,8 +28,8 @@ def verify(
     streams: Sequence[TokenStream],
     positions: Sequence[int],
     losses: dict[str, np.ndarray],
-    score: Callable[[TokenStream, int], Scored],
-    chunk_length: int,
+    score: Callable[[TokenStream, int, int], Scored],
+    chunk_lengths: Sequence[int],
     vocabulary_size: int,
     seed: int,
     tolerance: float = 0.0,
@@ -37,7 +37,8 @@ def verify(
     """Score positions, which count through all streams, once more, and return the largest difference in nats.
 
     Args: losses (n,) of each expert and mixture, as the run gave them for all streams one after another; score makes a pass
-    over a stream from the beginning and looks at the distributions at one position. Raises NumericalError where a loss is
+    over a stream from the beginning, with chunks of a length, and looks at the distributions at one position; chunk_lengths
+    that the streams were scored with. Raises NumericalError where a loss is
     another one, by more than the tolerance.
     """
     largest = 0.0
@@ -46,7 +47,8 @@ def verify(
         number = int(np.searchsorted(ends, place, side="right"))
         stream = streams[number]
         position = place - int(ends[number]) + len(stream) - 1
-        again = score(_without_future(stream, position, chunk_length, vocabulary_size, seed + place), position)
+        without_future = _without_future(stream, position, chunk_lengths[number], vocabulary_size, seed + place)
+        again = score(without_future, position, chunk_lengths[number])
         for name, values in again.scores.losses.items():
             difference = abs(float(values[position]) - float(losses[name][place]))
             largest = max(largest, difference)

@@ -29,6 +29,7 @@ class Pass:
         self.config, self.checkpoint, self.tuned = config, checkpoint, tuned
         self.remembered_before = 0
         self.chunk_length = self.most_at_once = config.evaluation.chunk_length
+        self.chunk_lengths: dict[int, int] = {}  # by the id of a stream: what it was scored with
         self.done = 0
         self.totals: dict[str, float] = defaultdict(float)
 
@@ -42,7 +43,9 @@ class Pass:
         while True:
             before = self.done, dict(self.totals)
             try:
-                return self._over(stream, experts, progress, inspected)
+                scored = self._over(stream, experts, progress, inspected)
+                self.chunk_lengths[id(stream)] = self.chunk_length
+                return scored
             except OnePositionTooLarge:
                 raise
             except (MemoryError, RuntimeError) as error:

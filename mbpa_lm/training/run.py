@@ -173,6 +173,8 @@ class TrainingRun:
             f"{position.precision}, on {self.processes.device}{together}\n"
             f"*: the best validation perplexity so far{'; ~: estimated from the words sampled' if self.about else ''}"
         )
+        if position.step >= self.steps:
+            console.print(f"all {epochs} are done: nothing is left to train")
         while position.step < self.steps and not self._has_stalled():
             epoch = position.step // self.batches.steps
             record = self._train_epoch(epoch, log, asked_to_stop)

@@ -98,7 +98,7 @@ def replace_embedding(folder: Path, change: Callable[[torch.Tensor], torch.Tenso
     ("damage", "message"),
     [
         (flip_a_byte, r"model\.safetensors is damaged: its content is not what was saved"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "is damaged or incomplete: No such file"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is damaged or incomplete: model.safetensors: No such file"),
         (lambda folder: (folder / "manifest.json").write_text("{"), r"has no readable manifest\.json"),
         (lambda folder: rewrite_manifest(folder, format=99), "has format 99; this version reads 1"),
         (lambda folder: rewrite_manifest(folder, model={"kind": "rnn9"}), "damaged or incomplete"),
@@ -157,6 +157,12 @@ def test_a_checkpoint_that_nothing_names_yet_is_gone_on_from(options: Options, r
 def test_a_folder_without_a_checkpoint_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no checkpoint; give a run folder that train\.py wrote"):
         load_checkpoint(tmp_path)
+
+
+def test_a_pointer_that_names_nothing_is_damaged(options: Options, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "checkpoint.json").write_text("{}")
+    assert commands.train(options(run)) == 4
+    assert "checkpoint.json cannot be read: it does not name checkpoints; delete it" in capsys.readouterr().err
 
 
 def test_a_pointer_leads_nowhere_outside_the_run(run: Path) -> None:

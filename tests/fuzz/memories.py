@@ -106,7 +106,7 @@ def settings(folder: Path) -> Read:
         assert loaded.expert.neighbours >= loaded.neighbours > 0
 
     def read(data: bytes) -> None:
-        path.write_bytes(variants(data, valid))
+        path.write_bytes(signed(variants(data, valid)))
         tolerant(load_and_ask)
 
     return read

@@ -57,6 +57,47 @@ def test_all_experts_run_on_a_pretrained_model(
     assert found["gate"]["perplexity"] < found["base"]["perplexity"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_forgets_its_state_between_pieces_gives_the_same_in_any_chunks(
+    dtype: str, pretrained: Callable[[str], Path], options: Options, tmp_path: Path
+) -> None:
+    folder, found = pretrained("mamba"), []
+    for length in ("300", "16", "1"):
+        more = ("--model.context_length", "64", "--model.context_overlap", "4", "--evaluation.chunk_length", length)
+        scored = evaluate(options, tmp_path / length, folder, "base", "--model.dtype", dtype, *more)
+        found.append(scored["base"]["nats_per_token"])
+    assert found == pytest.approx([found[0]] * 3, abs=1e-6 if dtype == "float32" else 5e-3)
+
+
+def test_a_model_that_sees_what_comes_after_is_refused_in_half_precision_too(
+    pretrained: Callable[[str], Path], options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pretrained("gpt2")
+    torch.manual_seed(0)
+    special = {"vocab_size": AutoConfig.from_pretrained(folder).vocab_size, "bos_token_id": 0, "eos_token_id": 1}
+    special["pad_token_id"] = 2
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert-generation", **special, **sizes))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    arguments = options(tmp_path / "run", "--model.pretrained", str(folder), "--experts", "base")
+    assert commands.evaluate(arguments) == 8
+    assert "BertGenerationDecoder sees the tokens after the one that it predicts" in capsys.readouterr().err
+
+
+def test_a_folder_that_lacks_weights_is_refused(
+    pretrained: Callable[[str], Path], options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pretrained("gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    for layers, code in ((config["n_layer"] + 1, 2), (config["n_layer"] - 1, 0)):
+        (folder / "config.json").write_text(json.dumps({**config, "n_layer": layers}))
+        arguments = ["--model.pretrained", str(folder), "--experts", "base", "--evaluation.max_tokens", "20"]
+        assert commands.evaluate(options(tmp_path / "run", *arguments)) == code
+        said = capsys.readouterr()
+        assert ("its files lack 12 weights of its config.json" in said.err) == (code == 2)
+        assert ("weights are not part of the model that config.json describes" in said.out) == (code == 0)
+
+
 def test_a_soft_cap_is_for_all_but_persistent_adaptation(
     pretrained: Callable[[str], Path], options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

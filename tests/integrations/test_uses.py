@@ -232,6 +232,23 @@ def test_misuse_is_named(models: Path, tokenizer: Any) -> None:
         mbpa_lm.Memory(model)
 
 
+def test_a_model_whose_weights_have_changed_is_not_adapted(models: Path, tokenizer: Any, tmp_path: Path) -> None:
+    model = load("llama", models)
+    memory = mbpa_lm.Memory(model, tokenizer)
+    memory.add_documents(["w5 w6 w7 w8"])
+    with mbpa_lm.adapt(model, memory), pytest.raises(ConfigError, match="call perplexity outside of the with block"):
+        mbpa_lm.perplexity(model, tokenizer, ["w5 w6 w7"])
+    memory.save(tmp_path / "memory")
+    settings = tmp_path / "memory" / "settings.json"
+    settings.write_text("{}")
+    with pytest.raises(DatastoreError, match=r"settings.json cannot be read: its content is not what was written"):
+        mbpa_lm.Memory.load(tmp_path / "memory", model, tokenizer)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(ModelError, match="weights of this LlamaForCausalLM have changed"), mbpa_lm.adapt(model, memory):
+        pass
+
+
 def test_the_router_s_loss_stays_in_the_loss() -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(

@@ -8,6 +8,7 @@ import torch
 
 from mbpa_lm.errors import DatastoreError
 from mbpa_lm.memory.base import Entries
+from mbpa_lm.memory.datastore import indexing
 from mbpa_lm.memory.datastore.cells import Cells
 from mbpa_lm.memory.datastore.index import choose_cells, choose_kind, train_index
 from mbpa_lm.memory.datastore.manifest import Layout, Source
@@ -185,6 +186,16 @@ def test_keys_that_were_given_up_and_are_still_there_are_cut_off(tmp_path: Path)
     assert torch.equal(opened.search(queries(), 5).positions < 2000, torch.ones(20, 5, dtype=torch.bool))
     assert torch.equal(opened.search(queries(), 5).positions, found.positions)
     assert torch.equal(opened.entries_between(2000, 2010)[0].keys.float(), entries_from(2000, 10).keys)
+
+
+def test_a_graph_that_finds_too_little_can_be_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "RECALL_WANTED", 1.1)  # as where many keys are the same
+    store = make(tmp_path / "m", 700)
+    store.build_index("hnsw")
+    assert store.manifest.index is not None
+    assert store.manifest.index.search["effort"] == 700
+    store.close()
+    assert len(Datastore.open(tmp_path / "m")) == 700
 
 
 def test_a_graph_is_not_for_gpus(tmp_path: Path) -> None:

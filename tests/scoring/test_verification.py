@@ -74,10 +74,10 @@ def test_a_rounding_is_let_pass_where_one_is_expected_and_told() -> None:
     streams = [TokenStream("text", np.arange(9), np.ones(9, dtype=int), np.ones(9, dtype=int), np.zeros(1, dtype=int))]
     losses = {"base": np.linspace(0, 1, 8, dtype=np.float32)}
 
-    def score(stream: TokenStream, position: int) -> Scored:
+    def score(stream: TokenStream, position: int, chunk_length: int) -> Scored:
         again = StreamScores({"base": losses["base"] + np.float32(1e-4)}, {}, np.zeros((0, 0)))
         return Scored(again, {}, None)
 
-    assert verify(streams, [2, 5], losses, score, 4, 9, 0, tolerance=1e-3) == pytest.approx(1e-4, rel=1e-2)
+    assert verify(streams, [2, 5], losses, score, [4], 9, 0, tolerance=1e-3) == pytest.approx(1e-4, rel=1e-2)
     with pytest.raises(NumericalError, match="base gives position 2 a loss"):
-        verify(streams, [2, 5], losses, score, 4, 9, 0)
+        verify(streams, [2, 5], losses, score, [4], 9, 0)

@@ -90,14 +90,15 @@ def _search_hard_enough(
     queries = files.rows("keys", rows).float()
     on_progress("measuring recall", 0, 1)
     nearest = search_blocks(lambda begin, end: with_norms(files.keys(begin, end)), 0, count, queries, at + 1).numpy()
-    effort = indexes.first_effort(kind)
+    most = indexes.most_effort(kind, cells, count)
+    effort = min(indexes.first_effort(kind), most)
     while True:
         indexes.set_effort(index, kind, effort)
         found = index.search(queries.numpy(), indexes.candidates(kind, at + 1))[1]
         pairs = zip(nearest, found, rows, strict=True)
         hits = sum(len(set(wanted) & set(candidates) - {row}) for wanted, candidates, row in pairs)
         recall = hits / sum(len(set(wanted) - {row}) for wanted, row in zip(nearest, rows, strict=True))
-        if recall >= RECALL_WANTED or effort >= indexes.most_effort(kind, cells, count):
+        if recall >= RECALL_WANTED or effort >= most:
             on_progress("measuring recall", 1, 1)
             return effort, {"at": at, "recall": recall, "queries": len(rows)}
-        effort *= 2
+        effort = min(2 * effort, most)

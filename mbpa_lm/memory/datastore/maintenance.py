@@ -53,7 +53,7 @@ def append_store(target: Datastore, source: Datastore, on_progress: Callable[[in
 
 
 def export(store: Datastore, path: Path, on_progress: Callable[[int], None]) -> None:
-    """Write the columns as tensors into one safetensors file; what was at the path before stays until it is whole.
+    """Write the columns as tensors into one new safetensors file, whole or not at all.
 
     The file is written as the format is defined: the header's length, the header, the tensors' bytes one behind the other.
     Raises DatastoreError where it cannot be written.
@@ -70,6 +70,8 @@ def export(store: Datastore, path: Path, on_progress: Callable[[int], None]) -> 
     at_once = rows_at_once(store.manifest.layout.hidden_size)
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
+    if path.is_file():
+        raise DatastoreError(f"{path} is there already; name another file")
     if not path.name or path.is_dir():
         raise DatastoreError(f"{path} is no file; name one that ends in .safetensors")
     if path.resolve().parent == store.folder.resolve():
