@@ -227,7 +227,7 @@ def test_a_transformer_whose_cache_was_written_before_memory_ended_reads_the_sam
 
     def short_of_memory(*parts: object) -> object:
         calls[0] += 1
-        if calls[0] in (7, 14):
+        if calls[0] in ((7, 14) if where == "the logits" else (40, 63)):  # the first ones are to find out what it is
             raise MemoryError("9 GiB")
         return real(*parts)
 
