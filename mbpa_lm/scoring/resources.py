@@ -1,5 +1,6 @@
 """What experts need beside the model, made, or read where it is kept: memories, slow weights, a datastore, a learning model."""
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache, partial
@@ -14,7 +15,7 @@ from mbpa_lm.checkpoints.gradient_scale import gradient_scale, model_gradient_sc
 from mbpa_lm.checkpoints.scales import fill_in, mean_squared_norm
 from mbpa_lm.config import Config
 from mbpa_lm.config.checks import known
-from mbpa_lm.errors import ConfigError
+from mbpa_lm.errors import ConfigError, NumericalError
 from mbpa_lm.experts.base import Expert
 from mbpa_lm.experts.build import build_experts
 from mbpa_lm.experts.dynamic_model import DynamicModel, DynamicRule
@@ -122,7 +123,10 @@ def fill_in_scales(config: Config, checkpoint: Checkpoint) -> Config:
     tokens = partial(training_tokens, config, checkpoint)
 
     def gradient_size() -> float:
-        return float(_measured_scale(config, checkpoint).weight_Vd.mean())
+        size = float(_measured_scale(config, checkpoint).weight_Vd.mean())
+        if not math.isfinite(size):
+            raise NumericalError("the model gives no numbers on its training text: the gradients of its output layer are none")
+        return size
 
     norm = cache(partial(mean_squared_norm, checkpoint.folder, checkpoint.model, tokens))
     return fill_in(config, checkpoint.model.vocabulary_size, norm, gradient_size)
