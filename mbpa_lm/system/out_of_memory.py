@@ -46,14 +46,19 @@ def in_halves(work: Callable[[slice], Result], positions: int, what: str) -> Ite
             yield result
             del result
             continue
-        release_memory()
+        empty_cuda_cache()
         console.print(f"out of memory for {what} on {count:,} positions at once: going on with {-(-count // 2):,}")
         middle = part.start + -(-count // 2)
         left += [slice(middle, part.stop), slice(part.start, middle)]
 
 
 def release_memory() -> None:
-    """Free what nothing uses any more, and give what PyTorch keeps of a CUDA device's memory back to the device."""
+    """Free what nothing uses any more, also what holds itself, which takes a while."""
     gc.collect()
+    empty_cuda_cache()
+
+
+def empty_cuda_cache() -> None:
+    """Give what PyTorch keeps of a CUDA device's memory, without using it, back to the device."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
