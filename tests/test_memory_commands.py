@@ -58,6 +58,9 @@ def test_build_add_verify_merge_and_export(
     assert memory(["index", str(merged), "--kind", "ivf_flat", "--resident_gib", "1"]) == 0
     assert memory(["compact", str(merged)]) == 0
     assert memory(["export", str(merged), "--output", str(file)]) == 0
+    written = file.read_bytes()
+    assert memory(["export", str(merged), "--output", str(file)]) == 7  # it might be somebody's text
+    assert file.read_bytes() == written
     tensors, store = load_file(file), Datastore.open(merged)
     assert len(store) == 228 + 79
     assert [source.name for source in store.manifest.sources] == ["first.txt", "more.txt", "second.txt"]

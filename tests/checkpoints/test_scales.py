@@ -12,7 +12,7 @@ from torch import Tensor
 from mbpa_lm import commands
 from mbpa_lm.adaptation.slow_weights import GradientStatistics, SlowRule, SlowWeights
 from mbpa_lm.checkpoints.scales import fill_in, mean_squared_norm, measure_norm
-from mbpa_lm.config import AdaptationConfig, Config, EvaluationConfig
+from mbpa_lm.config import AdaptationConfig, Config, EvaluationConfig, MemoryConfig
 from mbpa_lm.config.checks import known
 from mbpa_lm.errors import ConfigError
 from mbpa_lm.experts.base import Expert
@@ -116,6 +116,15 @@ def test_the_norm_is_measured_once_a_checkpoint(tmp_path: Path) -> None:
     altered = {**json.loads((tmp_path / "hidden_states.json").read_text()), "mean_squared_norm": 2 * first}
     (tmp_path / "hidden_states.json").write_text(json.dumps(altered))
     assert mean_squared_norm(tmp_path, model, tokens) == first
+
+
+def test_no_more_neighbours_are_asked_for_than_a_window_holds() -> None:
+    layer = small_model("lstm").output_layer()
+    for datastores, expected in (([], 20), (["memories/one"], 500)):
+        memory = MemoryConfig(size=20, neighbours=500, datastores=datastores)
+        config = Config(memory=memory, adaptation=AdaptationConfig(alpha=0.1), evaluation=EvaluationConfig(experts=["mbpa"]))
+        experts = build_experts(config, layer, lambda: None, lambda: None)  # type: ignore[arg-type, return-value]
+        assert experts[-1].neighbours == expected
 
 
 def test_what_is_still_open_when_it_is_needed_is_named() -> None:
