@@ -86,9 +86,8 @@ def evaluate(
             else:
                 scored = one_pass.over(stream, experts, progress)
         verified = _verify(one_pass, streams, scored, verified_positions, processes) if verified_positions else None
-        metrics = run_metrics(config, checkpoint, stream, streams, scored) | {
-            "verified_positions": verified.positions if verified else []
-        }
+        metrics = run_metrics(config, checkpoint, stream, streams, scored)
+        metrics |= {"verified_positions": verified.positions if verified else []}
         metrics |= {"remembered_before": one_pass.remembered_before, "read_before_by": read_by}
         metrics |= {"independent_documents": len(streams) if config.evaluation.independent else 0, "processes": processes.count}
         if scored.mixed is not None:

@@ -49,7 +49,8 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dic
 
     Raises ConfigError naming the key that is wrong, and the nearest valid one where it is misspelt.
     """
-    arguments = _files_first(arguments)
+    files, others_given = _files_and_others(arguments)
+    arguments = [*(f"--config={path}" for path in files), *others_given]  # the parser lets what comes later win
     sections = {section.name for section in fields(Config)}
     valid = _valid_keys()
     others = {action.dest for action in parser._actions if action.dest.split(".")[0] not in sections}
@@ -59,11 +60,11 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dic
             raise ConfigError(f"option {option} does not exist for {parser.prog}; {ELSEWHERE[name]} has it")
         if name not in sections:
             _check_key(name, valid | others, "option --")
-    for path in _config_files(arguments):
+    for path in files:
         for key in yaml_keys(path):
             _check_key(key, valid, f"{path}: ")
     try:
-        namespace = parser.parse_args(list(arguments))
+        namespace = parser.parse_args(arguments)
         made = parser.instantiate(namespace)
     except ArgumentError as error:
         raise ConfigError(explained(reason(error))) from None
@@ -73,7 +74,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, dic
 
 def given_keys(arguments: Sequence[str]) -> set[str]:
     """Return the keys of the configuration that a command line and its YAML files give values to."""
-    of_files = {key for path in _config_files(arguments) for key in yaml_keys(path)}
+    of_files = {key for path in _files_and_others(arguments)[0] for key in yaml_keys(path)}
     return of_files | {name[2:].removesuffix("+") for name in names_of(arguments)}
 
 
@@ -89,11 +90,9 @@ def explained(text: str) -> str:
         return text.replace("unrecognized arguments:", "there is no place for") + "; --help lists the options"
     key, value = found.groups()
     hint = _type_of(key)
-    return (
-        f"{key} is {value!r}; it must be {_wanted(key, hint, value)}"
-        if hint
-        else f"--{key} cannot be {value!r}; --help says what it takes"
-    )
+    if hint is None:
+        return f"--{key} cannot be {value!r}; --help says what it takes"
+    return f"{key} is {value!r}; it must be {_wanted(key, hint, value)}"
 
 
 def _type_of(key: str) -> Any:
@@ -128,21 +127,20 @@ def _check_key(key: str, valid: Collection[str], where: str) -> None:
     raise ConfigError(f"{where}{key} does not exist; {did_you_mean(key, valid)}")
 
 
-def _files_first(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with the YAML files before all else, as the parser lets what comes later win."""
+def _files_and_others(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the YAML files that are named, and the other arguments."""
     files: list[str] = []
     others: list[str] = []
-    is_file = False
-    for argument in arguments:
-        is_file_too = is_file or argument.startswith("--config=") or argument == "--config"
-        (files if is_file_too else others).append(argument)
-        is_file = argument == "--config" and not is_file
-    return files + others
-
-
-def _config_files(arguments: Sequence[str]) -> list[str]:
-    files = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")]
-    return files + [value for option, value in zip(arguments, arguments[1:], strict=False) if option == "--config"]
+    remaining = iter(arguments)
+    for argument in remaining:
+        value = next(remaining, None) if argument == "--config" else None
+        if value is not None:
+            files.append(value)
+        elif argument.startswith("--config="):
+            files.append(argument.split("=", 1)[1])
+        else:
+            others.append(argument)
+    return files, others
 
 
 class _OneOfEach(yaml.SafeLoader):
@@ -160,7 +158,7 @@ def yaml_keys(path: str) -> list[str]:
     """Return the keys that a YAML file gives values to, as section.name; raises ConfigError where it is no configuration."""
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, _OneOfEach)
+            content = yaml.load(file, _OneOfEach)  # a SafeLoader: nothing in the file is executed
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {reason(error)}") from None
     except (yaml.YAMLError, ValueError) as error:

@@ -38,8 +38,7 @@ def verify(
 
     Args: losses (n,) of each expert and mixture, as the run gave them for all streams one after another; score makes a pass
     over a stream from the beginning, with chunks of a length, and looks at the distributions at one position; chunk_lengths
-    that the streams were scored with. Raises NumericalError where a loss is
-    another one, by more than the tolerance.
+    that the streams were scored with. Raises NumericalError where a loss is another one, by more than the tolerance.
     """
     largest = 0.0
     ends = np.cumsum([len(stream) - 1 for stream in streams])
